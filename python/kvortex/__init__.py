@@ -1,7 +1,7 @@
 """KVortex keeps the KV cache of LLM prompts in host memory and gives the bytes back instead of computing them again.
 
-Importing the package starts no thread, touches no CUDA and needs neither torch nor numpy. The Hugging Face prefix cache is
-in ``kvortex.transformers``.
+Importing the package starts no thread, touches no CUDA and needs neither torch nor numpy. The Hugging Face prefix cache
+is in ``kvortex.transformers``.
 """
 
 from kvortex._core import (

@@ -1,7 +1,7 @@
 """The configuration of an engine: every knob, its unit and its default.
 
-A configuration comes from keywords, a mapping, ``KVORTEX_*`` variables or TOML, and says the same in each. This module is
-imported with the package, so it keeps to what the interpreter has already loaded: no dataclasses, no regular expressions.
+A configuration comes from keywords, a mapping, ``KVORTEX_*`` variables or TOML, and says the same in each. This module
+is imported with the package, so it keeps to what the interpreter has loaded anyway: no dataclasses, no ``re``.
 """
 
 import os
@@ -92,7 +92,8 @@ def _parse_text(key: str, value: object) -> str:
     return value if isinstance(value, str) else _bad(key, value, "give text")
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
+    """RAM of this machine in bytes, whatever this process may use of it."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -134,7 +135,7 @@ def cgroup_limit(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") 
 
 def default_pool_size() -> int:
     """Bytes of the host pool when none are configured: the smaller of 25 % of RAM and half the cgroup limit."""
-    quarter = _physical_memory() // 4
+    quarter = physical_memory() // 4
     limit = cgroup_limit()
     return quarter if limit is None else min(quarter, limit // 2)
 

@@ -1,0 +1,147 @@
+"""The walls that no compiler keeps: which module may name which, where `unsafe` lives, how long things are."""
+
+import ast
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "crates/kvortex/src"
+
+# Inside the core: a module (file or folder) and what its code must not name.
+WALLS = {
+    "key": ["kvortex_mem", "index", "lease", "planner", "mover", "engine", "tier"],
+    "mask": ["kvortex_mem", "index", "lease", "planner", "mover", "engine", "tier"],
+    "namespace": ["kvortex_mem", "index", "lease", "planner", "mover", "engine", "tier"],
+    "eviction": ["kvortex_mem", "planner", "mover", "engine", "tier"],
+    "index": ["kvortex_mem", "planner", "mover", "engine"],
+    "plan": ["kvortex_mem", "index", "planner", "mover", "engine"],
+    "planner": ["kvortex_mem", "mover", "engine"],
+    "mover": ["index", "eviction", "lease", "planner", "engine"],
+    "tier": ["index", "eviction", "lease", "plan", "planner", "mover", "engine"],
+}
+UNSAFE_ALLOWED = ("crates/kvortex-mem/src/", "crates/kvortex-mem/tests/", "crates/kvortex-py/src/dlpack.rs")
+FILE_LIMIT = 800
+
+
+def rust_files(folder):
+    return sorted(path for path in (ROOT / folder).rglob("*.rs") if "target" not in path.relative_to(ROOT).parts)
+
+
+def python_files():
+    return sorted(path for folder in ("python", "tests", ".ci") for path in (ROOT / folder).rglob("*.py"))
+
+
+def code_of(path):
+    """A Rust file without comments, strings and its unit tests."""
+    text = path.read_text(encoding="utf-8").split("#[cfg(test)]\nmod ")[0]
+    return re.sub(r'//[^\n]*|"(?:\\.|[^"\\])*"', "", text)
+
+
+def split_top(text):
+    """The comma-separated parts of a `use` group, whose own groups stay whole."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def named_modules(code):
+    """First words of every `crate::` path, and `kvortex_mem` where it is named."""
+    names = {"kvortex_mem"} if re.search(r"\bkvortex_mem\b", code) else set()
+    for found in re.finditer(r"\bcrate::(\{)?", code):
+        rest = code[found.end() :]
+        parts = split_top(rest) if found[1] else [rest]
+        names |= {re.match(r"\w*", part)[0] for part in parts}
+    return names
+
+
+def test_the_reader_of_use_lines_sees_every_form():
+    code = "use crate::{index::{Index, x}, key::Key,\n mask};\ncrate::plan::go(); crate::engine::X; kvortex_mem::x()"
+    assert named_modules(code) == {"index", "key", "mask", "plan", "engine", "kvortex_mem"}
+    assert named_modules("use kvortex_memory::x; use crate::error::Error;") == {"error"}
+
+
+@pytest.mark.parametrize("module", WALLS)
+def test_arrows_inside_the_core_go_down(module):
+    files = [path for path in [CORE / f"{module}.rs", *rust_files(CORE / module)] if path.exists()]
+    leaks = {
+        f"{path.relative_to(ROOT)} names {name}"
+        for path in files
+        for name in named_modules(code_of(path)) & set(WALLS[module])
+        if (path.name, name) != ("host.rs", "kvortex_mem")
+    }
+    assert not leaks
+
+
+@pytest.mark.parametrize(("crate", "above"), [("kvortex-mem", ["kvortex", "pyo3"]), ("kvortex", ["pyo3", "cudarc"])])
+def test_a_crate_depends_on_nothing_above_it(crate, above):
+    manifest = (ROOT / "crates" / crate / "Cargo.toml").read_text(encoding="utf-8")
+    assert not [name for name in above if re.search(rf"^{name}\b(?!-)", manifest, re.MULTILINE)]
+
+
+def test_unsafe_stays_in_its_yard():
+    strays = [
+        str(path.relative_to(ROOT))
+        for folder in ("crates", "benches")
+        for path in rust_files(folder)
+        if not str(path.relative_to(ROOT)).startswith(UNSAFE_ALLOWED) and re.search(r"\bunsafe\b", code_of(path))
+    ]
+    assert not strays
+    assert "#![forbid(unsafe_code)]" in (CORE / "lib.rs").read_text(encoding="utf-8")
+
+
+def test_the_seam_talks_to_the_engine_and_not_to_what_is_behind_it():
+    inner = re.compile(r"\bkvortex::(index|eviction|planner|mover|tier)\b")
+    strays = [
+        str(path.relative_to(ROOT)) for path in rust_files("crates/kvortex-py/src") if inner.search(code_of(path))
+    ]
+    assert not strays
+
+
+def rust_function_lengths(text):
+    """Lines of each function; rustfmt closes one at the indentation it opened with."""
+    lines, lengths = text.splitlines(), []
+    for number, line in enumerate(lines):
+        opened = re.match(r"( *)(?:pub(?:\([a-z]+\))? )?(?:const |unsafe |extern \S+ )*fn \w", line)
+        if not opened or line.rstrip().endswith(("}", ";")):
+            lengths += [1] if opened and line.rstrip().endswith("}") else []
+            continue
+        end = next((n for n in range(number, len(lines)) if lines[n] in (opened[1] + "}", opened[1] + ");")), number)
+        lengths.append(end - number + 1)
+    return lengths
+
+
+def python_function_lengths(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [node.end_lineno - node.lineno + 1 for node in functions]
+
+
+@pytest.mark.parametrize("language", ["rust", "python"])
+def test_functions_are_small(language, record_property):
+    if language == "rust":
+        lengths = [
+            n for path in rust_files("crates") if "src" in path.parts for n in rust_function_lengths(code_of(path))
+        ]
+    else:
+        lengths = [n for path in (ROOT / "python").rglob("*.py") for n in python_function_lengths(path)]
+    deciles = statistics.quantiles(lengths, n=10)
+    record_property("lengths", f"{len(lengths)} functions, median {deciles[4]}, nine in ten under {deciles[8]}")
+    assert deciles[4] < 10
+    assert deciles[8] < 30
+
+
+def test_files_are_short_and_leave_nothing_for_later():
+    for path in [*rust_files("crates"), *rust_files("benches"), *python_files()]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= FILE_LIMIT, path
+        assert not re.search(r"\b(T[O]DO|F[I]XME)\b", text), path

@@ -1,0 +1,149 @@
+//! Copies by the CPU, split over threads where that pays.
+
+use std::time::{Duration, Instant};
+
+use super::crew::{Accepted, Crew};
+use super::job::{Copier, Job, guarded};
+use super::{CopyEngine, Done, Transfer};
+use crate::error::MemError;
+use crate::sync::{Arc, Condvar, Mutex};
+
+/// Transfers of at most this many bytes are copied by the thread that calls `run`: waking another would cost more.
+const ALONE_BYTES: usize = 512 << 10;
+
+/// Copies by the CPU.
+///
+/// A transfer is cut into grains of up to 1 MiB that the threads pull from a shared cursor. Nothing is allocated or
+/// dispatched per fragment. Threads start when a transfer first needs them, and end with the engine.
+pub struct HostCopy {
+    crew: Arc<Crew>,
+    copier: Copier,
+    pid: u32,
+}
+
+impl HostCopy {
+    /// An engine that copies each transfer with at most `threads` threads (at least one), the caller of `run` among them.
+    pub fn new(threads: usize) -> HostCopy {
+        HostCopy::with_copier(threads, Transfer::copy)
+    }
+
+    fn with_copier(threads: usize, copier: Copier) -> HostCopy {
+        HostCopy {
+            crew: Arc::new(Crew::new(threads.max(1), copier)),
+            copier,
+            pid: std::process::id(),
+        }
+    }
+
+    /// Threads that copy one transfer at most.
+    pub fn threads(&self) -> usize {
+        self.crew.threads()
+    }
+
+    fn check_process(&self) -> Result<(), MemError> {
+        let child = std::process::id();
+        if child == self.pid {
+            Ok(())
+        } else {
+            Err(MemError::Forked {
+                parent: self.pid,
+                child,
+            })
+        }
+    }
+
+    fn run_alone(&self, transfer: Transfer) -> Result<(), MemError> {
+        let accepted = Accepted::new(&self.crew)?;
+        let (steps, bytes) = (0..transfer.steps().len(), 0..transfer.pages().page_bytes());
+        let result =
+            guarded(|| (self.copier)(&transfer, steps, bytes)).map_err(MemError::CopyFailed);
+        drop(transfer);
+        drop(accepted);
+        result
+    }
+
+    fn run_together(&self, transfer: Transfer) -> Result<(), MemError> {
+        let accepted = Accepted::new(&self.crew)?;
+        // Held to the end, so that the memory's owners are dropped on this thread and not on a worker.
+        let transfer = Arc::new(transfer);
+        let outcome = Arc::new(Outcome::default());
+        let signal = Arc::clone(&outcome);
+        let job = Job::new(
+            Arc::clone(&transfer),
+            self.threads(),
+            Box::new(move |result| signal.set(result)),
+        );
+        self.crew.work_with(&Arc::new(job));
+        let result = outcome.wait();
+        drop(transfer);
+        drop(accepted);
+        result
+    }
+}
+
+impl CopyEngine for HostCopy {
+    fn run(&self, transfer: Transfer) -> Result<(), MemError> {
+        self.check_process()?;
+        if self.threads() == 1 || transfer.bytes() <= ALONE_BYTES {
+            self.run_alone(transfer)
+        } else {
+            self.run_together(transfer)
+        }
+    }
+
+    fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError> {
+        self.check_process()?;
+        let accepted = Accepted::new(&self.crew)?;
+        let report: Done = Box::new(move |result| {
+            // Declared first, so that it is dropped last, also if `done` panics.
+            let _accepted = accepted;
+            done(result);
+        });
+        self.crew.hand_over(Arc::new(Job::new(
+            Arc::new(transfer),
+            self.threads(),
+            report,
+        )))
+    }
+
+    fn stop(&self, deadline: Duration) -> bool {
+        // In a forked child nothing runs, and the locks may be held for ever.
+        self.check_process().is_err() || self.crew.stop(Instant::now().checked_add(deadline))
+    }
+
+    fn name(&self) -> &'static str {
+        "host"
+    }
+}
+
+impl Drop for HostCopy {
+    fn drop(&mut self) {
+        if self.check_process().is_ok() {
+            self.crew.close();
+        }
+    }
+}
+
+/// The result of a transfer that its caller waits for.
+#[derive(Default)]
+struct Outcome {
+    result: Mutex<Option<Result<(), MemError>>>,
+    ready: Condvar,
+}
+
+impl Outcome {
+    fn set(&self, result: Result<(), MemError>) {
+        *self.result.lock() = Some(result);
+        self.ready.notify_one();
+    }
+
+    fn wait(&self) -> Result<(), MemError> {
+        let mut result = self.result.lock();
+        loop {
+            match result.take() {
+                Some(result) => return result,
+                None => self.ready.wait(&mut result),
+            }
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Moving bytes between engine pages and arena slots.
+
+mod crew;
+mod host;
+mod job;
+mod transfer;
+
+pub use host::HostCopy;
+pub use transfer::{Direction, Step, Transfer};
+
+use std::time::Duration;
+
+use crate::error::MemError;
+
+/// Called once with what came of a submitted transfer.
+pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
+
+/// Executes transfers. It never decides what to move.
+///
+/// The contract, which `copy::suite` proves for every implementation:
+///
+/// 1. After success every byte of every step is in its place; after failure the targets hold undefined bytes and the error
+///    says so. No path leads from a failed copy to success.
+/// 2. A transfer, with all memory it keeps alive, is dropped *before* `run` returns and before `done` is called: who sees
+///    the end knows that nothing of it is referenced any more.
+/// 3. Engines may be used from any thread. Transfers given to one engine may run at the same time and in any order; keeping
+///    conflicting ones apart is the caller's duty.
+/// 4. In a forked child every call fails at once with [`MemError::Forked`], and dropping the engine returns.
+pub trait CopyEngine: Send + Sync {
+    /// Executes a transfer; returns when every byte is in place.
+    fn run(&self, transfer: Transfer) -> Result<(), MemError>;
+
+    /// Accepts a transfer and returns at once.
+    ///
+    /// `Ok` means that `done` will be called exactly once, on any thread, also if the copy fails. `Err` means that the
+    /// transfer was not accepted: it has been dropped, and `done` dropped uncalled. `done` must not block for long, and a
+    /// panic in it is logged and otherwise ignored.
+    fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError>;
+
+    /// Refuses new work with [`MemError::Stopped`] from now on and waits up to `deadline` for what was accepted. Returns true
+    /// if all of it has ended, its `done` calls included. What has not goes on; calling again waits again. Called from
+    /// within a `done` it waits in vain for that one.
+    fn stop(&self, deadline: Duration) -> bool;
+
+    /// A short name for logs and statistics.
+    fn name(&self) -> &'static str;
+}

@@ -1,0 +1,203 @@
+//! What to copy: plain data, checked once.
+
+use std::ops::Range;
+use std::ptr;
+
+use crate::arena::Arena;
+use crate::error::MemError;
+use crate::slots::SlotId;
+use crate::span::Pages;
+use crate::sync::Arc;
+
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Pages to slots.
+    Store,
+    /// Slots to pages.
+    Load,
+}
+
+/// One slot and the page it is copied from or to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Step {
+    /// The slot.
+    pub slot: SlotId,
+    /// The page, as an index into the transfer's pages.
+    pub page: u32,
+}
+
+/// A checked set of copies of one direction, together with all memory that they touch.
+///
+/// Each step copies all bytes of its page; a slot with more room keeps its remaining bytes.
+#[derive(Debug)]
+pub struct Transfer {
+    direction: Direction,
+    arena: Arc<Arena>,
+    steps: Vec<Step>,
+    pages: Pages,
+}
+
+impl Transfer {
+    /// Checks that every slot and page exists, that a page fits into a slot, that no place is written twice and, for loads,
+    /// that the pages are writable, share no bytes and lie outside the arena.
+    pub fn new(
+        direction: Direction,
+        arena: Arc<Arena>,
+        steps: Vec<Step>,
+        pages: Pages,
+    ) -> Result<Transfer, MemError> {
+        let transfer = Transfer {
+            direction,
+            arena,
+            steps,
+            pages,
+        };
+        transfer.check_sizes()?;
+        transfer.check_steps()?;
+        if direction == Direction::Load && !transfer.steps.is_empty() {
+            transfer.check_targets()?;
+        }
+        Ok(transfer)
+    }
+
+    /// Which way the bytes go.
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// The slots' arena.
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// The copies, in no particular order of execution.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// The pages.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Bytes that will be copied.
+    pub fn bytes(&self) -> usize {
+        self.steps.len() * self.pages.page_bytes()
+    }
+
+    fn check_sizes(&self) -> Result<(), MemError> {
+        let (actual, expected) = (self.pages.page_bytes(), self.arena.slot_bytes());
+        if actual > expected {
+            return Err(MemError::PagesMismatch {
+                what: "bytes of a page (at most the slot's)",
+                expected,
+                actual,
+            });
+        }
+        Ok(())
+    }
+
+    fn check_steps(&self) -> Result<(), MemError> {
+        let (slots, pages) = (self.arena.slots().total(), self.pages.count());
+        let store = self.direction == Direction::Store;
+        let (what, targets) = if store {
+            ("slot", slots)
+        } else {
+            ("page", pages)
+        };
+        let mut seen = Seen::new(if self.steps.len() > 1 { targets } else { 0 });
+        for step in &self.steps {
+            let (slot, page) = (step.slot.0 as usize, step.page as usize);
+            in_range("slot", slot, slots)?;
+            in_range("page", page, pages)?;
+            let index = if store { slot } else { page };
+            if seen.insert(index) {
+                return Err(MemError::WrittenTwice { what, index });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_targets(&self) -> Result<(), MemError> {
+        if !self.pages.is_writable() {
+            return Err(MemError::ReadOnly);
+        }
+        let start = self.arena.memory().addr().as_ptr() as usize;
+        let end = start + self.arena.memory().len();
+        if self
+            .pages
+            .regions()
+            .any(|region| region.addr() < end && start < region.addr() + region.len())
+        {
+            return Err(MemError::TargetInArena);
+        }
+        self.pages
+            .first_overlap()
+            .map_or(Ok(()), |(first, second)| {
+                Err(MemError::Overlap { first, second })
+            })
+    }
+
+    /// Copies the bytes `range` of each page of `steps`.
+    pub(super) fn copy(&self, steps: Range<usize>, range: Range<usize>) {
+        for step in &self.steps[steps] {
+            let slot = self
+                .arena
+                .memory()
+                .addr()
+                .as_ptr()
+                .wrapping_add(step.slot.0 as usize * self.arena.stride());
+            let mut at = slot.wrapping_add(range.start);
+            // One loop per direction: the choice is not made per fragment.
+            match self.direction {
+                Direction::Store => {
+                    self.pages
+                        .for_each_run_in(step.page as usize, range.clone(), |page, len| {
+                            // SAFETY: `Transfer::new` and `Pages::new` have checked that the slot and the fragment are in bounds of
+                            // memory that this transfer keeps alive, and the fragments of a page add up to at most a slot. `copy`
+                            // allows a source page that lies in the arena.
+                            unsafe { ptr::copy(page, at, len) };
+                            at = at.wrapping_add(len);
+                        })
+                }
+                Direction::Load => {
+                    self.pages
+                        .for_each_run_in(step.page as usize, range.clone(), |page, len| {
+                            // SAFETY: as above; the page is writable and lies outside the arena.
+                            unsafe { ptr::copy_nonoverlapping(at, page, len) };
+                            at = at.wrapping_add(len);
+                        })
+                }
+            }
+        }
+    }
+}
+
+fn in_range(what: &'static str, index: usize, count: usize) -> Result<(), MemError> {
+    if index < count {
+        Ok(())
+    } else {
+        Err(MemError::OutOfRange { what, index, count })
+    }
+}
+
+/// A set of numbers below a bound.
+struct Seen(Vec<u64>);
+
+impl Seen {
+    fn new(bound: usize) -> Seen {
+        Seen(vec![0; bound.div_ceil(64)])
+    }
+
+    /// True if `index` was there already.
+    fn insert(&mut self, index: usize) -> bool {
+        let Some(word) = self.0.get_mut(index / 64) else {
+            return false;
+        };
+        let bit = 1 << (index % 64);
+        let before = *word & bit != 0;
+        *word |= bit;
+        before
+    }
+}

@@ -1,0 +1,182 @@
+//! Do pages share bytes?
+//!
+//! Answered in three steps, each only if the one before could not: bounds of whole segments; the strides of segments of one
+//! form; sorted fragments.
+
+use std::ops::Range;
+
+use super::pages::{Placed, Segment};
+use super::pattern::Pattern;
+use crate::sync::Arc;
+
+type Pair = (usize, usize);
+
+/// Two pages that share a byte, or one twice that shares one with itself.
+pub(super) fn first_overlap(segments: &[Placed], count: usize) -> Option<Pair> {
+    if count == 0 {
+        return None;
+    }
+    let mut bounded: Vec<(Range<usize>, &Segment)> = segments
+        .iter()
+        .map(|placed| (bounds(&placed.segment), &placed.segment))
+        .collect();
+    bounded.sort_unstable_by_key(|(bounds, _)| bounds.start);
+    clusters(&bounded)
+        .into_iter()
+        .find_map(|cluster| cluster_overlap(&cluster, count))
+}
+
+/// The addresses from the first to the last byte of a segment that has pieces.
+fn bounds(segment: &Segment) -> Range<usize> {
+    let span = |index: usize| {
+        let (base, pattern) = segment.piece(index);
+        let bounds = pattern.bounds();
+        (base as usize).wrapping_add_signed(bounds.start)
+            ..(base as usize).wrapping_add_signed(bounds.end)
+    };
+    let join = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
+    match segment {
+        Segment::Table { count, .. } => join(span(0), span(count - 1)),
+        Segment::List(pieces) => (1..pieces.len()).map(span).fold(span(0), join),
+    }
+}
+
+/// Groups segments, sorted by start, so that segments of different groups lie apart.
+fn clusters<'a>(sorted: &[(Range<usize>, &'a Segment)]) -> Vec<Vec<&'a Segment>> {
+    let mut groups: Vec<Vec<&Segment>> = Vec::new();
+    let mut end = 0;
+    for (bounds, segment) in sorted {
+        match groups.last_mut() {
+            Some(group) if bounds.start < end => group.push(segment),
+            _ => groups.push(vec![segment]),
+        }
+        end = end.max(bounds.end);
+    }
+    groups
+}
+
+fn cluster_overlap(segments: &[&Segment], count: usize) -> Option<Pair> {
+    if Comb::of(segments, count).is_some_and(|comb| comb.lies_apart()) {
+        return None;
+    }
+    exact(segments, count)
+}
+
+/// Runs that are repeated at the same shifts: at 0 and at shifts that differ by at least `gap`, up to `reach`.
+struct Comb {
+    /// Addresses of the runs at shift 0.
+    runs: Vec<Range<usize>>,
+    gap: usize,
+    reach: usize,
+}
+
+impl Comb {
+    fn of(segments: &[&Segment], count: usize) -> Option<Comb> {
+        match segments {
+            [Segment::List(pieces)] => {
+                let shared = &pieces[0].pattern;
+                let same = pieces
+                    .iter()
+                    .all(|piece| Arc::ptr_eq(&piece.pattern, shared));
+                same.then(|| Comb::of_list(segments[0], pieces.len()))
+            }
+            _ => Comb::of_tables(segments, count),
+        }
+    }
+
+    fn of_list(segment: &Segment, count: usize) -> Comb {
+        let mut bases: Vec<usize> = (0..count)
+            .map(|index| segment.piece(index).0 as usize)
+            .collect();
+        bases.sort_unstable();
+        let gap = bases
+            .windows(2)
+            .map(|pair| pair[1] - pair[0])
+            .min()
+            .unwrap_or(usize::MAX);
+        let reach = bases[count - 1] - bases[0];
+        Comb {
+            runs: runs_at(bases[0], segment.piece(0).1),
+            gap,
+            reach,
+        }
+    }
+
+    /// Tables of one stride. The sign of a stride only says which page is which, not where the bytes are.
+    fn of_tables(segments: &[&Segment], count: usize) -> Option<Comb> {
+        let mut runs = Vec::new();
+        let mut common = None;
+        for segment in segments {
+            let Segment::Table { stride, .. } = segment else {
+                return None;
+            };
+            if *common.get_or_insert(stride.unsigned_abs()) != stride.unsigned_abs() {
+                return None;
+            }
+            let lowest = if *stride < 0 { count - 1 } else { 0 };
+            let (base, pattern) = segment.piece(lowest);
+            runs.extend(runs_at(base as usize, pattern));
+        }
+        let gap = if count == 1 { usize::MAX } else { common? };
+        // With one page there is no shift but 0; the product of the others is in bounds of a region.
+        let reach = if count == 1 { 0 } else { gap * (count - 1) };
+        Some(Comb { runs, gap, reach })
+    }
+
+    /// True only if no two runs share a byte at any two shifts. False says nothing.
+    ///
+    /// Runs are taken together as long as they span at most one gap, so that no shift brings such a tooth onto itself; teeth
+    /// must then lie further apart than the largest shift.
+    fn lies_apart(mut self) -> bool {
+        self.runs.sort_unstable_by_key(|run| run.start);
+        let mut runs = self.runs.iter().peekable();
+        let mut swept = 0;
+        while let Some(first) = runs.next() {
+            if first.start < swept || first.len() > self.gap {
+                return false;
+            }
+            let mut end = first.end;
+            while let Some(run) = runs.next_if(|run| run.end - first.start <= self.gap) {
+                if run.start < end {
+                    return false;
+                }
+                end = run.end;
+            }
+            swept = end.saturating_add(self.reach);
+        }
+        true
+    }
+}
+
+fn runs_at(base: usize, pattern: &Pattern) -> Vec<Range<usize>> {
+    let address = |offset: isize| base.wrapping_add_signed(offset);
+    pattern
+        .runs()
+        .iter()
+        .map(|run| address(run.offset)..address(run.end()))
+        .collect()
+}
+
+/// The answer from all fragments, sorted by address.
+fn exact(segments: &[&Segment], count: usize) -> Option<Pair> {
+    let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+    for segment in segments {
+        for page in 0..count {
+            let (base, pattern) = segment.piece(page);
+            runs.extend(
+                runs_at(base as usize, pattern)
+                    .into_iter()
+                    .map(|run| (run.start, run.end, page)),
+            );
+        }
+    }
+    runs.sort_unstable();
+    let (mut end, mut owner) = (0, 0);
+    for (start, run_end, page) in runs {
+        if start < end {
+            return Some((owner.min(page), owner.max(page)));
+        }
+        (end, owner) = (run_end, page);
+    }
+    None
+}

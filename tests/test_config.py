@@ -122,7 +122,7 @@ def test_any_text_is_a_size_or_a_config_error(text):
         ("eviction_watermark", 1.01, "at most 1"),
         ("eviction_watermark", "nan", "such as 0.8"),
         ("eviction_watermark", [], "such as 0.8"),
-        ("eviction_ratio", 1, "below 1"),
+        ("eviction_ratio", 1.1, "from 0 to 1"),
         ("eviction_ratio", -0.1, "from 0"),
         ("eviction_ratio", "a fifth", "such as 0.2"),
         ("huge_pages", "maybe", "true or false"),

@@ -76,9 +76,9 @@ def _parse_watermark(key: str, value: object) -> float:
 
 
 def _parse_ratio(key: str, value: object) -> float:
-    remedy = "give a share of the watermark from 0 to below 1, such as 0.2"
+    remedy = "give a share of the watermark from 0 to 1, such as 0.2"
     share = _parse_number(key, value, remedy)
-    return share if 0.0 <= share < 1.0 else _bad(key, value, remedy)
+    return share if 0.0 <= share <= 1.0 else _bad(key, value, remedy)
 
 
 def _parse_switch(key: str, value: object) -> bool:

@@ -1,0 +1,41 @@
+"""The Python code in the README and the guide runs as it stands, each document as one program from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document, language):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_the_code_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(document, "python")
+    assert code
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(code, start=1):
+        exec(compile(block, f"{document}, block {number}", "exec"), names)
+
+
+def test_the_example_of_the_readme_is_short():
+    [example] = blocks("README.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+
+
+def test_the_readme_names_every_developer_command_that_exists():
+    usage = set(re.findall(r"^#   \.ci/dev (\w+)", (ROOT / ".ci/dev").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`\.ci/dev (\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert usage == named
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").rglob("*.md"))])
+def test_every_link_to_a_file_leads_somewhere(document):
+    [path] = [p for p in (ROOT / document, *(ROOT / "docs").rglob(document)) if p.exists()][:1]
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]

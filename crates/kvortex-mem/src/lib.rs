@@ -14,6 +14,7 @@ pub mod copy;
 pub mod error;
 pub mod map;
 pub mod numa;
+pub mod pool;
 pub mod slots;
 pub mod span;
 pub mod sync;

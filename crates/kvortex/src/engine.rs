@@ -1,0 +1,435 @@
+//! Planner and mover in one process.
+
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use kvortex_mem::arena::Arena;
+use kvortex_mem::copy::{CopyEngine, HostCopy};
+use kvortex_mem::error::MemError;
+use kvortex_mem::map::{HostMemory, MapOptions};
+use kvortex_mem::span::Pages;
+use parking_lot::RwLock;
+
+use crate::config::EngineConfig;
+use crate::error::{Error, Result};
+use crate::eviction::Watermarks;
+use crate::flight::{self, Flight};
+use crate::fork::Owner;
+use crate::key::{Keys, MAX_TOKENS};
+use crate::layout::Layout;
+use crate::lease::Lease;
+use crate::mask::BlockMask;
+use crate::metrics::Metrics;
+use crate::mover::Mover;
+use crate::namespace::Namespace;
+use crate::plan::{Kind, Report};
+use crate::planner::Planner;
+use crate::stats::Stats;
+use crate::sync::{Arc, Ordering};
+use crate::ticket::Ticket;
+use crate::tier::host::Host;
+
+/// Keeps blocks of one layout and one namespace in host memory. Shared by any number of threads.
+pub struct Engine {
+    /// Leaked, not dropped, in a forked child.
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: EngineConfig,
+    owner: Owner,
+    state: RwLock<State>,
+    copies: Arc<dyn CopyEngine>,
+    metrics: Arc<Metrics>,
+}
+
+enum State {
+    /// The memory is there, the size of a block is not known yet.
+    Unbound(HostMemory),
+    Bound(Arc<Bound>),
+    Closed,
+}
+
+/// An engine that knows its blocks.
+pub(crate) struct Bound {
+    pub(crate) layout: Layout,
+    pub(crate) namespace: Namespace,
+    pub(crate) planner: Planner,
+    pub(crate) mover: Mover,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// Blocks that stay where they are while this lives, with their addresses.
+#[must_use = "dropping this ends the lease"]
+pub struct LeasedBlocks {
+    lease: Lease,
+    host: Option<Host>,
+    block_bytes: usize,
+}
+
+impl LeasedBlocks {
+    /// Number of blocks held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lease.len()
+    }
+
+    /// Whether no block is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lease.is_empty()
+    }
+
+    /// Where block `i` begins: [`block_bytes`](Self::block_bytes) bytes that nobody writes while this lives.
+    #[must_use]
+    pub fn addr(&self, i: usize) -> Option<NonNull<u8>> {
+        self.host.as_ref()?.addr(*self.lease.slots().get(i)?)
+    }
+
+    /// Bytes of one block.
+    #[must_use]
+    pub const fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+}
+
+impl Engine {
+    /// Maps the arena. Starts no thread.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a knob that cannot work, [`Error::Mem`] when the memory is not to be had.
+    pub fn create(config: EngineConfig) -> Result<Self> {
+        config.validate()?;
+        let memory = HostMemory::map(&MapOptions {
+            bytes: config.pool_bytes,
+            huge_pages: config.huge_pages,
+            numa_node: config.numa_node,
+            touch_threads: config.threads,
+        })?;
+        let (block_bytes, namespace) = (config.block_bytes, config.namespace);
+        let engine = Self {
+            inner: Arc::new(Inner {
+                copies: Arc::new(HostCopy::new(config.threads)),
+                config,
+                owner: Owner::this_process(),
+                state: RwLock::new(State::Unbound(memory)),
+                metrics: Arc::default(),
+            }),
+        };
+        if let Some(block_bytes) = block_bytes {
+            engine.bind(block_bytes, namespace)?;
+        }
+        Ok(engine)
+    }
+
+    /// Fixes the size of a block and the namespace. Saying the same again changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] or [`Error::Namespace`] when the engine is bound to another, [`Error::Config`] when the arena
+    /// has no room for one block.
+    pub fn bind(&self, block_bytes: usize, namespace: Namespace) -> Result<()> {
+        let bound = self.bound_for(block_bytes, namespace)?;
+        bound.layout.check(block_bytes)?;
+        if bound.namespace != namespace {
+            let (expected, found) = (bound.namespace.to_string(), namespace.to_string());
+            return Err(Error::Namespace { expected, found });
+        }
+        Ok(())
+    }
+
+    /// Stores the blocks that are not there yet, page `i` under key `i`, and returns when they are visible. An engine
+    /// that is not bound takes the size of a page for that of its blocks.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] or [`Error::Layout`] for pages that do not fit, with nothing changed;
+    /// [`Error::Transfer`] when a copy failed.
+    pub fn save(&self, keys: Keys<'_>, pages: Pages) -> Result<Report> {
+        match self.start_save(keys, &pages)? {
+            Some(flight) => flight.run(pages),
+            None => Ok(Report::empty(Kind::Save, 0)),
+        }
+    }
+
+    /// Copies the blocks that are there into their pages and returns when every byte is in place. Pages of missing blocks
+    /// are left as they are.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save); also for pages that are read-only or overlap.
+    pub fn load(&self, keys: Keys<'_>, pages: Pages) -> Result<Report> {
+        match self.start_load(keys, &pages)? {
+            Some(flight) => flight.run(pages),
+            None => Ok(self.all_missing(keys.len())),
+        }
+    }
+
+    /// As [`save`](Self::save), but returns at once. The pages must not change until the ticket is done.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_async(&self, keys: Keys<'_>, pages: Pages) -> Result<Ticket> {
+        match self.start_save(keys, &pages)? {
+            Some(flight) => flight.submit(pages),
+            None => Ok(flight::landed(Report::empty(Kind::Save, 0))),
+        }
+    }
+
+    /// As [`load`](Self::load), but returns at once. The pages are the engine's until the ticket is done.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_async(&self, keys: Keys<'_>, pages: Pages) -> Result<Ticket> {
+        match self.start_load(keys, &pages)? {
+            Some(flight) => flight.submit(pages),
+            None => Ok(flight::landed(self.all_missing(keys.len()))),
+        }
+    }
+
+    /// Waits for a ticket; for ever without a timeout.
+    ///
+    /// # Errors
+    /// What the save or load failed with; [`Error::Timeout`] when it goes on.
+    pub fn wait(&self, ticket: &Ticket, timeout: Option<Duration>) -> Result<Report> {
+        self.inner.owner.check()?;
+        ticket.wait(timeout)
+    }
+
+    /// Which blocks are there. Takes no lease and changes no order.
+    ///
+    /// # Errors
+    /// [`Error::Closed`], [`Error::Forked`], or too many keys.
+    pub fn check(&self, keys: Keys<'_>) -> Result<BlockMask> {
+        let bound = self.bound_if(keys)?;
+        Ok(bound.map_or_else(|| BlockMask::new(keys.len()), |bound| bound.planner.index().ready_mask(keys)))
+    }
+
+    /// Length of the longest prefix that is there, in blocks. Takes no lease and changes no order.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn match_prefix(&self, keys: Keys<'_>) -> Result<usize> {
+        Ok(self.bound_if(keys)?.map_or(0, |bound| bound.planner.index().prefix_len(keys)))
+    }
+
+    /// Leases the longest prefix that is there. Blocks not found count as misses; those found count as hits when they are
+    /// loaded.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn lease_prefix(&self, keys: Keys<'_>) -> Result<LeasedBlocks> {
+        let bound = self.bound_if(keys)?;
+        let leased = leased(bound.as_deref(), |bound| bound.planner.index().lease_prefix(keys));
+        self.inner.metrics.misses.fetch_add((keys.len() - leased.len()) as u64, Ordering::Relaxed);
+        Ok(leased)
+    }
+
+    /// Leases every block that is there, to be read in place: block `j` of the lease is the `j`-th one of the mask.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn lease_each(&self, keys: Keys<'_>) -> Result<(LeasedBlocks, BlockMask)> {
+        let bound = self.bound_if(keys)?;
+        let mut mask = BlockMask::new(keys.len());
+        let leased = leased(bound.as_deref(), |bound| {
+            let (lease, found) = bound.planner.index().lease_each(keys);
+            mask = found;
+            lease
+        });
+        self.inner.metrics.hits.fetch_add(leased.len() as u64, Ordering::Relaxed);
+        self.inner.metrics.misses.fetch_add((keys.len() - leased.len()) as u64, Ordering::Relaxed);
+        Ok((leased, mask))
+    }
+
+    /// Forgets every block and returns how many there were. Leased blocks and blocks being copied keep their bytes until
+    /// that ends, but nobody finds them any more.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] or [`Error::Forked`].
+    pub fn reset(&self) -> Result<usize> {
+        Ok(self.bound()?.map_or(0, |bound| bound.planner.index().clear()))
+    }
+
+    /// Refuses new work, waits for copies in flight up to `timeout`, and lets go of the memory once no lease and no copy
+    /// uses it. Returns whether all copies ended in time. A second call waits again.
+    pub fn shutdown(&self, timeout: Duration) -> bool {
+        if self.inner.owner.is_elsewhere() {
+            return true;
+        }
+        let state = std::mem::replace(&mut *self.inner.state.write(), State::Closed);
+        let ended = self.inner.copies.stop(timeout);
+        if !ended {
+            log::warn!(
+                "shut down with copies in flight after {} ms; their memory stays until they end",
+                timeout.as_millis()
+            );
+        }
+        drop(state);
+        ended
+    }
+
+    /// Numbers at this moment.
+    pub fn stats(&self) -> Stats {
+        let forked = self.inner.owner.is_elsewhere();
+        let bound = if forked { None } else { self.bound().ok().flatten() };
+        Stats::collect(&self.inner.config, &self.inner.metrics, bound.as_deref())
+    }
+
+    /// Bytes of one block, once the engine is bound.
+    #[must_use]
+    pub fn block_bytes(&self) -> Option<usize> {
+        Some(self.bound().ok()??.layout.block_bytes())
+    }
+
+    /// Blocks that fit, once the engine is bound.
+    #[must_use]
+    pub fn capacity_blocks(&self) -> Option<usize> {
+        Some(self.bound().ok()??.mover.host().slots().total())
+    }
+
+    /// Whether the engine was shut down.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.bound(), Err(Error::Closed))
+    }
+
+    /// The bound engine; `None` while the size of a block is not known.
+    fn bound(&self) -> Result<Option<Arc<Bound>>> {
+        self.inner.owner.check()?;
+        match &*self.inner.state.read() {
+            State::Unbound(_) => Ok(None),
+            State::Bound(bound) => Ok(Some(Arc::clone(bound))),
+            State::Closed => Err(Error::Closed),
+        }
+    }
+
+    fn bound_if(&self, keys: Keys<'_>) -> Result<Option<Arc<Bound>>> {
+        check_count(keys.len())?;
+        self.bound()
+    }
+
+    /// The bound engine, bound now if it was not.
+    fn bound_for(&self, block_bytes: usize, namespace: Namespace) -> Result<Arc<Bound>> {
+        if let Some(bound) = self.bound()? {
+            return Ok(bound);
+        }
+        let layout = Layout::new(block_bytes)?;
+        let mut state = self.inner.state.write();
+        match std::mem::replace(&mut *state, State::Closed) {
+            State::Unbound(memory) => match Arena::fit(memory.len(), block_bytes) {
+                Ok(_) => {
+                    let bound = Arc::new(self.inner.cut(memory, layout, namespace)?);
+                    *state = State::Bound(Arc::clone(&bound));
+                    Ok(bound)
+                }
+                Err(error) => {
+                    *state = State::Unbound(memory);
+                    Err(too_small(self.inner.config.pool_bytes, &error))
+                }
+            },
+            State::Bound(bound) => {
+                *state = State::Bound(Arc::clone(&bound));
+                Ok(bound)
+            }
+            State::Closed => Err(Error::Closed),
+        }
+    }
+
+    fn start_save(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
+        check_pages(keys, pages)?;
+        if keys.is_empty() {
+            return self.bound().map(|_| None);
+        }
+        let bound = self.bound_for(pages.page_bytes(), self.inner.config.namespace)?;
+        bound.layout.check(pages.page_bytes())?;
+        Ok(Some(Flight::save(bound, keys)))
+    }
+
+    fn start_load(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
+        check_pages(keys, pages)?;
+        check_targets(pages)?;
+        let Some(bound) = self.bound()?.filter(|_| !keys.is_empty()) else { return Ok(None) };
+        bound.layout.check(pages.page_bytes())?;
+        Ok(Some(Flight::load(bound, keys)))
+    }
+
+    fn all_missing(&self, len: usize) -> Report {
+        let report = Report::empty(Kind::Load, len);
+        self.inner.metrics.count(&report);
+        report
+    }
+}
+
+impl Inner {
+    fn cut(&self, memory: HostMemory, layout: Layout, namespace: Namespace) -> Result<Bound> {
+        let arena = Arc::new(Arena::cut(memory, layout.block_bytes())?);
+        let host = Host::new(arena);
+        let slots = host.slots().clone();
+        let marks = Watermarks::new(slots.total(), self.config.watermark, self.config.ratio);
+        log::info!(
+            "bound: {} blocks of {} bytes, {} copy threads, namespace {namespace}",
+            slots.total(),
+            layout.block_bytes(),
+            self.config.threads
+        );
+        Ok(Bound {
+            layout,
+            namespace,
+            planner: Planner::new(slots, marks, Arc::clone(&self.metrics.evictions)),
+            mover: Mover::new(host, Arc::clone(&self.copies)),
+            metrics: Arc::clone(&self.metrics),
+        })
+    }
+}
+
+fn leased(bound: Option<&Bound>, take: impl FnOnce(&Bound) -> Lease) -> LeasedBlocks {
+    match bound {
+        Some(bound) => LeasedBlocks {
+            lease: take(bound),
+            host: Some(bound.mover.host().clone()),
+            block_bytes: bound.layout.block_bytes(),
+        },
+        None => LeasedBlocks { lease: Lease::none(), host: None, block_bytes: 0 },
+    }
+}
+
+fn too_small(pool_bytes: usize, error: &MemError) -> Error {
+    Error::Config { knob: "cpu_pool_size_bytes", value: pool_bytes.to_string(), remedy: error.to_string() }
+}
+
+fn check_count(keys: usize) -> Result<()> {
+    if keys > MAX_TOKENS {
+        return Err(Error::invalid(format!("one call may have at most {MAX_TOKENS} keys, not {keys}: split it")));
+    }
+    Ok(())
+}
+
+fn check_pages(keys: Keys<'_>, pages: &Pages) -> Result<()> {
+    check_count(keys.len())?;
+    if keys.len() != pages.count() {
+        let (keys, pages) = (keys.len(), pages.count());
+        return Err(Error::invalid(format!(
+            "{keys} keys do not go with {pages} blocks of data: give one block for each key"
+        )));
+    }
+    Ok(())
+}
+
+fn check_targets(pages: &Pages) -> Result<()> {
+    if !pages.is_writable() {
+        return Err(Error::invalid("a target is read-only: give memory that can be written"));
+    }
+    match pages.first_overlap() {
+        Some((a, b)) => Err(Error::invalid(format!("targets {a} and {b} overlap: give each block memory of its own"))),
+        None => Ok(()),
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if self.inner.owner.is_elsewhere() {
+            // Another count that nobody gives back: locks inside may be held by threads that the child does not have.
+            let _ = std::mem::ManuallyDrop::new(Arc::clone(&self.inner));
+            return;
+        }
+        self.shutdown(Duration::from_secs(5));
+    }
+}

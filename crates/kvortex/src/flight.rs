@@ -1,0 +1,137 @@
+//! One save or load from its plan to its report. Whatever happens on the way, the plan is settled once: an error, a panic or
+//! a copy engine that drops its callback all settle it as failed, and nothing of it becomes visible.
+
+use std::time::Instant;
+
+use kvortex_mem::error::MemError;
+use kvortex_mem::span::Pages;
+
+use crate::engine::Bound;
+use crate::error::{Error, Result};
+use crate::key::Keys;
+use crate::mask::BlockMask;
+use crate::plan::{Kind, Plan, Report, TicketId};
+use crate::sync::{Arc, Ordering};
+use crate::ticket::Ticket;
+
+/// A plan that is open.
+pub(crate) struct Flight {
+    plan: Plan,
+    open: OpenPlan,
+}
+
+/// Settles its plan when dropped, as failed unless [`OpenPlan::settle`] was told otherwise.
+struct OpenPlan {
+    bound: Arc<Bound>,
+    kind: Kind,
+    ticket: TicketId,
+    /// The report so far: what was decided when the plan was made.
+    report: Report,
+    /// Positions of the blocks that are copied.
+    copied: BlockMask,
+    copies: usize,
+    start: Instant,
+    handle: Option<Ticket>,
+}
+
+impl Flight {
+    pub(crate) fn save(bound: Arc<Bound>, keys: Keys<'_>) -> Self {
+        let start = Instant::now();
+        let planned = bound.planner.plan_store(keys);
+        let mut report = Report::empty(Kind::Save, keys.len());
+        report.present = planned.ready.count() + planned.pending;
+        report.refused = planned.refused;
+        report.mask = planned.ready;
+        Self::new(bound, planned.plan, report, start)
+    }
+
+    pub(crate) fn load(bound: Arc<Bound>, keys: Keys<'_>) -> Self {
+        let start = Instant::now();
+        let (plan, mask) = bound.planner.plan_load(keys);
+        let mut report = Report::empty(Kind::Load, keys.len());
+        report.missing = keys.len() - mask.count();
+        Self::new(bound, plan, report, start)
+    }
+
+    fn new(bound: Arc<Bound>, plan: Plan, report: Report, start: Instant) -> Self {
+        let mut copied = BlockMask::new(report.mask.len());
+        plan.steps.iter().for_each(|step| copied.set(step.page as usize));
+        let (kind, ticket, copies) = (plan.kind, plan.ticket, plan.steps.len());
+        Self { plan, open: OpenPlan { bound, kind, ticket, report, copied, copies, start, handle: None } }
+    }
+
+    /// Makes the copies and returns when they are done.
+    pub(crate) fn run(self, pages: Pages) -> Result<Report> {
+        let Self { plan, open } = self;
+        let outcome = open.bound.mover.run(&plan, pages);
+        open.finish(outcome)
+    }
+
+    /// Starts the copies.
+    pub(crate) fn submit(self, pages: Pages) -> Result<Ticket> {
+        let Self { plan, mut open } = self;
+        let ticket = Ticket::new(plan.ticket);
+        open.handle = Some(ticket.clone());
+        let bound = Arc::clone(&open.bound);
+        let (kind, blocks) = (open.kind, open.copies);
+        let done = Box::new(move |outcome| open.land(outcome));
+        let started = bound.mover.submit(&plan, pages, done);
+        started.map(|()| ticket).map_err(|cause| failed(kind, blocks, cause))
+    }
+}
+
+/// A ticket of something that is over already.
+pub(crate) fn landed(report: Report) -> Ticket {
+    let ticket = Ticket::new(TicketId(0));
+    ticket.land(Ok(report));
+    ticket
+}
+
+fn failed(kind: Kind, blocks: usize, cause: MemError) -> Error {
+    match cause {
+        MemError::Stopped => Error::Closed,
+        cause => Error::Transfer { kind: kind.name(), blocks, cause: Arc::new(cause) },
+    }
+}
+
+impl OpenPlan {
+    fn land(self, outcome: Result<(), MemError>) {
+        let mut this = self;
+        if let Some(handle) = this.handle.take() {
+            handle.land(this.finish(outcome));
+        }
+    }
+
+    fn finish(mut self, outcome: Result<(), MemError>) -> Result<Report> {
+        match outcome {
+            Ok(()) => Ok(self.succeed()),
+            Err(cause) => {
+                self.bound.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                Err(failed(self.kind, self.copies, cause))
+            }
+        }
+    }
+
+    fn succeed(&mut self) -> Report {
+        let visible = self.bound.planner.settle(self.ticket, true);
+        let mut report = std::mem::replace(&mut self.report, Report::empty(self.kind, 0));
+        report.blocks = self.copies;
+        report.bytes = self.copies as u64 * self.bound.layout.block_bytes() as u64;
+        // Blocks that a reset forgot while they were written are not held, though they were copied.
+        if self.kind == Kind::Load || visible == self.copies {
+            report.mask.include(&self.copied);
+        }
+        report.elapsed = self.start.elapsed();
+        self.bound.metrics.count(&report);
+        report
+    }
+}
+
+impl Drop for OpenPlan {
+    fn drop(&mut self) {
+        self.bound.planner.settle(self.ticket, false);
+        if let Some(handle) = self.handle.take() {
+            handle.land(Err(failed(self.kind, self.copies, MemError::Stopped)));
+        }
+    }
+}

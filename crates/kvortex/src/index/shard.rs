@@ -1,0 +1,244 @@
+//! One shard: map, order and leases under one lock.
+
+use hashbrown::HashTable;
+
+use super::batch;
+use crate::eviction::{Eviction, NodeId, Stamp};
+use crate::key::BlockKey;
+use crate::tier::host::{SlotClaim, SlotId};
+
+/// Where a block is in the host tier. Only `Ready` is visible.
+enum Place {
+    /// The node stands for no block.
+    Vacant,
+    /// Room is promised, the copy has not started. The claim is with the reservation.
+    Reserved,
+    /// The copy runs. The claim is with the reservation.
+    Writing,
+    /// The bytes are there.
+    Ready(SlotClaim),
+}
+
+struct Node {
+    key: BlockKey,
+    place: Place,
+    leases: u32,
+    /// Whether the table leads here. A forgotten block that is leased or being written keeps its node until that ends.
+    listed: bool,
+}
+
+/// Invariants, checked by [`Shard::validate`]: the table leads to exactly the listed nodes; the order holds exactly the
+/// listed ready nodes without leases; an unlisted node that is not vacant is leased or being written.
+pub(super) struct Shard<P> {
+    table: HashTable<NodeId>,
+    nodes: Vec<Node>,
+    vacant: Vec<NodeId>,
+    order: P,
+    ready: usize,
+    leased: usize,
+}
+
+impl<P: Eviction> Default for Shard<P> {
+    fn default() -> Self {
+        Self {
+            table: HashTable::new(),
+            nodes: Vec::new(),
+            vacant: Vec::new(),
+            order: P::default(),
+            ready: 0,
+            leased: 0,
+        }
+    }
+}
+
+/// What a key leads to.
+pub(super) enum Found {
+    Ready(NodeId),
+    Pending,
+    Nothing,
+}
+
+fn table_hash(key: &BlockKey) -> u64 {
+    batch::table_hash(batch::hash(key))
+}
+
+impl<P: Eviction> Shard<P> {
+    /// Blocks that a lookup can see.
+    pub(super) const fn ready(&self) -> usize {
+        self.ready
+    }
+
+    /// Blocks with at least one lease, forgotten ones included.
+    pub(super) const fn leased(&self) -> usize {
+        self.leased
+    }
+
+    /// The stamp of the block to go first; [`Stamp::MAX`] when none may go.
+    pub(super) fn first_stamp(&self) -> Stamp {
+        self.order.first().map_or(Stamp::MAX, |(_, stamp)| stamp)
+    }
+
+    /// Looks a key up.
+    pub(super) fn find(&self, hash: u64, key: &BlockKey) -> Found {
+        match self.table.find(hash, |&node| self.nodes[node as usize].key == *key) {
+            Some(&node) if matches!(self.nodes[node as usize].place, Place::Ready(_)) => Found::Ready(node),
+            Some(_) => Found::Pending,
+            None => Found::Nothing,
+        }
+    }
+
+    /// Inserts a key that is not there, without a block yet.
+    pub(super) fn reserve(&mut self, hash: u64, key: BlockKey) -> NodeId {
+        let fresh = Node { key, place: Place::Reserved, leases: 0, listed: true };
+        let node = match self.vacant.pop() {
+            Some(node) => {
+                self.nodes[node as usize] = fresh;
+                node
+            }
+            None => {
+                self.nodes.push(fresh);
+                (self.nodes.len() - 1) as NodeId
+            }
+        };
+        let nodes = &self.nodes;
+        self.table.insert_unique(hash, node, |&node| table_hash(&nodes[node as usize].key));
+        node
+    }
+
+    /// The copy into a reserved block starts.
+    pub(super) fn begin(&mut self, node: NodeId) {
+        self.nodes[node as usize].place = Place::Writing;
+    }
+
+    /// Makes a block visible, or hands its claim back when it was forgotten meanwhile.
+    pub(super) fn publish(&mut self, node: NodeId, claim: SlotClaim, stamp: Stamp) -> Option<SlotClaim> {
+        if !self.nodes[node as usize].listed {
+            self.vacate(node);
+            return Some(claim);
+        }
+        self.nodes[node as usize].place = Place::Ready(claim);
+        self.ready += 1;
+        self.order.admit(node, stamp);
+        None
+    }
+
+    /// Gives a reserved block up.
+    pub(super) fn abandon(&mut self, node: NodeId) {
+        if self.nodes[node as usize].listed {
+            self.unlist(node);
+        }
+        self.vacate(node);
+    }
+
+    /// Takes a lease on a ready block and tells its slot.
+    pub(super) fn lease(&mut self, node: NodeId) -> Option<SlotId> {
+        let entry = &mut self.nodes[node as usize];
+        let Place::Ready(claim) = &entry.place else { return None };
+        let slot = claim.id();
+        entry.leases += 1;
+        if entry.leases == 1 {
+            self.leased += 1;
+            self.order.withdraw(node);
+        }
+        Some(slot)
+    }
+
+    /// As [`lease`](Self::lease), if the node, found earlier, still stands for `key`.
+    pub(super) fn lease_if(&mut self, node: NodeId, key: &BlockKey) -> Option<SlotId> {
+        let entry = &self.nodes[node as usize];
+        if entry.listed && entry.key == *key { self.lease(node) } else { None }
+    }
+
+    /// Ends a lease. A forgotten block goes with its last one: its claim comes back.
+    pub(super) fn release(&mut self, node: NodeId, stamp: Stamp) -> Option<SlotClaim> {
+        let entry = &mut self.nodes[node as usize];
+        entry.leases -= 1;
+        if entry.leases > 0 {
+            return None;
+        }
+        self.leased -= 1;
+        if entry.listed {
+            self.order.admit(node, stamp);
+            return None;
+        }
+        self.vacate(node)
+    }
+
+    /// Forgets the block that is first to go.
+    pub(super) fn evict_first(&mut self) -> Option<SlotClaim> {
+        let (node, _) = self.order.first()?;
+        self.order.withdraw(node);
+        self.ready -= 1;
+        self.unlist(node);
+        self.vacate(node)
+    }
+
+    /// Forgets every block. Those leased or being written vanish when that ends.
+    pub(super) fn clear(&mut self, claims: &mut Vec<SlotClaim>) -> usize {
+        self.table.clear();
+        let forgotten = std::mem::take(&mut self.ready);
+        while let Some((node, _)) = self.order.first() {
+            self.order.withdraw(node);
+            claims.extend(self.vacate(node));
+        }
+        self.nodes.iter_mut().for_each(|node| node.listed = false);
+        forgotten
+    }
+
+    /// Bytes of memory that the shard holds.
+    pub(super) fn bytes(&self) -> usize {
+        let nodes = self.nodes.capacity() * size_of::<Node>();
+        let vacant = self.vacant.capacity() * size_of::<NodeId>();
+        nodes + vacant + self.table.allocation_size() + self.order.bytes()
+    }
+
+    fn unlist(&mut self, node: NodeId) {
+        let entry = &mut self.nodes[node as usize];
+        entry.listed = false;
+        if let Ok(found) = self.table.find_entry(table_hash(&entry.key), |&n| n == node) {
+            found.remove();
+        }
+    }
+
+    fn vacate(&mut self, node: NodeId) -> Option<SlotClaim> {
+        self.vacant.push(node);
+        let entry = &mut self.nodes[node as usize];
+        entry.listed = false;
+        match std::mem::replace(&mut entry.place, Place::Vacant) {
+            Place::Ready(claim) => Some(claim),
+            _ => None,
+        }
+    }
+
+    /// Walks the whole shard and asserts its invariants.
+    #[cfg(any(test, shuttle))]
+    pub(super) fn validate(&self) {
+        let is = |i: usize, f: fn(&Place) -> bool| f(&self.nodes[i].place);
+        let all = || 0..self.nodes.len();
+        let count = |f: &dyn Fn(usize) -> bool| all().filter(|&i| f(i)).count();
+        let ready = |i| is(i, |place| matches!(place, Place::Ready(_)));
+        let vacant = |i| is(i, |place| matches!(place, Place::Vacant));
+        assert_eq!(self.table.len(), count(&|i| self.nodes[i].listed));
+        assert_eq!(self.vacant.len(), count(&vacant));
+        assert_eq!(self.ready, count(&|i| ready(i) && self.nodes[i].listed));
+        assert_eq!(self.leased, count(&|i| self.nodes[i].leases > 0));
+        for i in all() {
+            let node = &self.nodes[i];
+            let found = self.table.find(table_hash(&node.key), |&n| n as usize == i).is_some();
+            assert_eq!(found, node.listed, "table and node {i} disagree");
+            assert!(!(vacant(i) && (node.listed || node.leases > 0)), "vacant node {i} is in use");
+            assert!(!ready(i) || node.listed || node.leases > 0, "nobody will free node {i}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The memory formula of docs/architecture.md rests on it.
+    #[test]
+    fn a_node_is_one_cache_line() {
+        assert_eq!(size_of::<Node>(), 64);
+    }
+}

@@ -1,0 +1,349 @@
+//! The index against a model that anyone can check by eye.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::tier::host::SlotPool;
+
+fn key(i: usize) -> [u8; 32] {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&(i as u64).to_le_bytes());
+    key
+}
+
+fn keys(range: Range<usize>) -> Vec<[u8; 32]> {
+    range.map(key).collect()
+}
+
+fn new(slots: u32) -> (Arc<Index>, SlotPool) {
+    let pool = SlotPool::new(slots);
+    (Arc::new(Index::new(pool.clone())), pool)
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// Starts to store a run.
+    Reserve(Range<usize>),
+    /// Ends the store that was started as number `.0` of those still open.
+    Publish(usize),
+    Abandon(usize),
+    Lease(Range<usize>),
+    LeaseEach(Range<usize>),
+    Release(usize),
+    Evict(usize),
+    Clear,
+}
+
+fn run() -> impl Strategy<Value = Range<usize>> {
+    (0_usize..60, 0_usize..30).prop_map(|(start, len)| start..start + len)
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => run().prop_map(Op::Reserve),
+        4 => (0_usize..4).prop_map(Op::Publish),
+        1 => (0_usize..4).prop_map(Op::Abandon),
+        3 => run().prop_map(Op::Lease),
+        1 => run().prop_map(Op::LeaseEach),
+        3 => (0_usize..4).prop_map(Op::Release),
+        2 => (0_usize..20).prop_map(Op::Evict),
+        1 => Just(Op::Clear),
+    ]
+}
+
+/// A block of the model: the number of its store, its slot once it is ready, its leases and when it was last used.
+#[derive(Clone, Debug)]
+struct Entry {
+    store: usize,
+    slot: Option<SlotId>,
+    leases: Vec<usize>,
+    used: u64,
+}
+
+/// Everything in one ordered map and a clock; forgotten blocks that somebody holds are not in it.
+#[derive(Default)]
+struct Model {
+    blocks: BTreeMap<usize, Entry>,
+    clock: u64,
+    next: usize,
+}
+
+impl Model {
+    fn tick(&mut self, ranks: usize) -> u64 {
+        self.clock += ranks as u64;
+        self.clock
+    }
+
+    fn ready(&self, key: usize) -> bool {
+        self.blocks.get(&key).is_some_and(|entry| entry.slot.is_some())
+    }
+
+    fn prefix(&self, run: &Range<usize>) -> usize {
+        run.clone().take_while(|&key| self.ready(key)).count()
+    }
+
+    fn lease(&mut self, keys: impl Iterator<Item = usize>) -> usize {
+        self.next += 1;
+        for key in keys {
+            self.blocks.get_mut(&key).unwrap().leases.push(self.next);
+        }
+        self.next
+    }
+
+    /// Ends a lease; `ranks` gives each key its rank in the run.
+    fn release(&mut self, lease: usize, ranks: &[(usize, usize)]) {
+        let newest = self.tick(ranks.iter().map(|&(_, rank)| rank + 1).max().unwrap_or(0));
+        for &(key, rank) in ranks {
+            let Some(entry) = self.blocks.get_mut(&key) else { continue };
+            if let Some(at) = entry.leases.iter().position(|&l| l == lease) {
+                entry.leases.remove(at);
+                if entry.leases.is_empty() {
+                    entry.used = newest - rank as u64;
+                }
+            }
+        }
+    }
+
+    fn evict(&mut self, count: usize) -> Vec<SlotId> {
+        let mut slots = Vec::new();
+        for _ in 0..count {
+            let free = self.blocks.iter().filter(|(_, entry)| entry.slot.is_some() && entry.leases.is_empty());
+            let Some(key) = free.min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key) else { break };
+            slots.extend(self.blocks.remove(&key).and_then(|entry| entry.slot));
+        }
+        slots
+    }
+}
+
+struct OpenStore {
+    store: usize,
+    run: Range<usize>,
+    writing: Writing,
+    present: Held<Lru>,
+    lease: usize,
+}
+
+struct OpenLease {
+    lease: Lease,
+    number: usize,
+    ranks: Vec<(usize, usize)>,
+}
+
+/// The real index and the model, driven by the same calls.
+struct Pair {
+    index: Arc<Index>,
+    pool: SlotPool,
+    model: Model,
+    stores: Vec<OpenStore>,
+    leases: Vec<OpenLease>,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let (index, pool) = new(1000);
+        Self { index, pool, model: Model::default(), stores: Vec::new(), leases: Vec::new() }
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Reserve(run) => self.reserve(run),
+            Op::Publish(i) if i < self.stores.len() => self.publish(i),
+            Op::Abandon(i) if i < self.stores.len() => self.abandon(i),
+            Op::Lease(run) => self.lease(run),
+            Op::LeaseEach(run) => self.lease_each(run),
+            Op::Release(i) if i < self.leases.len() => self.release(i),
+            Op::Evict(count) => self.evict(count),
+            Op::Clear => self.clear(),
+            Op::Publish(_) | Op::Abandon(_) | Op::Release(_) => {}
+        }
+    }
+
+    fn reserve(&mut self, run: Range<usize>) {
+        let reserved = self.index.reserve(Keys::from_slices(&keys(run.clone())));
+        let new: Vec<usize> = run.clone().filter(|key| !self.model.blocks.contains_key(key)).collect();
+        let ready: Vec<usize> = run.clone().filter(|&key| self.model.ready(key)).collect();
+        assert_eq!(reserved.reservation.len(), new.len());
+        assert_eq!(reserved.ready.count(), ready.len());
+        assert_eq!(reserved.pending, run.len() - new.len() - ready.len());
+        let lease = self.model.lease(ready.into_iter());
+        let store = lease;
+        for &key in &new {
+            self.model.blocks.insert(key, Entry { store, slot: None, leases: Vec::new(), used: 0 });
+        }
+        let writing = reserved.reservation.begin(self.pool.claim_many(new.len()));
+        let positions: Vec<usize> = writing.steps().map(|(position, _)| run.start + position as usize).collect();
+        assert_eq!(positions, new);
+        self.stores.push(OpenStore { store, run, writing, present: reserved.held, lease });
+    }
+
+    fn publish(&mut self, i: usize) {
+        let OpenStore { store, run, writing, present, lease } = self.stores.swap_remove(i);
+        let steps: Vec<_> = writing.steps().collect();
+        let newest = self.model.tick(steps.len());
+        let mut visible = 0;
+        for (rank, (position, slot)) in (0_u64..).zip(steps) {
+            let entry = self.model.blocks.get_mut(&(run.start + position as usize));
+            if let Some(entry) = entry.filter(|entry| entry.store == store && entry.slot.is_none()) {
+                (entry.slot, entry.used) = (Some(slot), newest - rank);
+                visible += 1;
+            }
+        }
+        assert_eq!(writing.publish(), visible);
+        drop(present);
+        self.release_present(lease, &run);
+    }
+
+    fn abandon(&mut self, i: usize) {
+        let OpenStore { store, run, writing, present, lease } = self.stores.swap_remove(i);
+        self.model.blocks.retain(|_, entry| entry.store != store || entry.slot.is_some());
+        drop(writing);
+        drop(present);
+        self.release_present(lease, &run);
+    }
+
+    fn release_present(&mut self, lease: usize, run: &Range<usize>) {
+        let ranks: Vec<_> = run.clone().enumerate().map(|(rank, key)| (key, rank)).collect();
+        let held: Vec<_> = ranks.into_iter().filter(|(key, _)| self.holds(lease, *key)).collect();
+        // Blocks that were forgotten while held still took their ticks.
+        self.model.release(lease, &held);
+    }
+
+    fn holds(&self, lease: usize, key: usize) -> bool {
+        self.model.blocks.get(&key).is_some_and(|entry| entry.leases.contains(&lease))
+    }
+
+    fn lease(&mut self, run: Range<usize>) {
+        let keys = keys(run.clone());
+        let expected = self.model.prefix(&run);
+        assert_eq!(self.index.prefix_len(Keys::from_slices(&keys)), expected);
+        let lease = self.index.lease_prefix(Keys::from_slices(&keys));
+        self.took(lease, run.clone().take(expected).enumerate().map(|(rank, key)| (key, rank)).collect());
+    }
+
+    fn lease_each(&mut self, run: Range<usize>) {
+        let keys = keys(run.clone());
+        let (lease, mask) = self.index.lease_each(Keys::from_slices(&keys));
+        assert_eq!(mask, self.index.ready_mask(Keys::from_slices(&keys)));
+        let here = run.enumerate().filter(|&(_, key)| self.model.ready(key));
+        let ranks: Vec<_> = here.map(|(rank, key)| (key, rank)).collect();
+        assert!(ranks.iter().all(|&(_, rank)| mask.get(rank)));
+        self.took(lease, ranks);
+    }
+
+    fn took(&mut self, lease: Lease, ranks: Vec<(usize, usize)>) {
+        let number = self.model.lease(ranks.iter().map(|&(key, _)| key));
+        let slots: Vec<_> = ranks.iter().map(|(key, _)| self.model.blocks[key].slot.unwrap()).collect();
+        assert_eq!(lease.slots(), slots);
+        self.leases.push(OpenLease { lease, number, ranks });
+    }
+
+    fn release(&mut self, i: usize) {
+        let OpenLease { lease, number, ranks } = self.leases.swap_remove(i);
+        drop(lease);
+        self.model.release(number, &ranks);
+    }
+
+    fn evict(&mut self, count: usize) {
+        let slots: Vec<_> = self.index.evict(count).iter().map(SlotClaim::id).collect();
+        assert_eq!(slots, self.model.evict(count));
+    }
+
+    fn clear(&mut self) {
+        let ready = self.model.blocks.values().filter(|entry| entry.slot.is_some()).count();
+        assert_eq!(self.index.clear(), ready);
+        self.model.blocks.clear();
+    }
+
+    fn check(&self) {
+        self.index.validate();
+        let all = keys(0..90);
+        let mask = self.index.ready_mask(Keys::from_slices(&all));
+        assert!((0..90).all(|key| mask.get(key) == self.model.ready(key)));
+        assert_eq!(self.index.stats().ready, mask.count());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn agrees_with_the_model(ops in prop::collection::vec(op(), 1..80)) {
+        let mut pair = Pair::new();
+        for op in ops {
+            pair.apply(op);
+            pair.check();
+        }
+        let Pair { index, pool, stores, leases, .. } = pair;
+        drop((stores, leases));
+        index.clear();
+        index.validate();
+        prop_assert_eq!(pool.free(), pool.total(), "every slot came back");
+    }
+}
+
+fn store(index: &Arc<Index>, pool: &SlotPool, run: Range<usize>) {
+    let reserved = index.reserve(Keys::from_slices(&keys(run.clone())));
+    reserved.reservation.begin(pool.claim_many(run.len())).publish();
+}
+
+#[test]
+fn the_tail_of_a_prefix_goes_before_its_head_over_all_shards() {
+    let (index, pool) = new(1000);
+    store(&index, &pool, 0..500);
+    for left in (0..500).rev() {
+        assert_eq!(index.evict(1).len(), 1);
+        assert_eq!(index.prefix_len(Keys::from_slices(&keys(0..500))), left);
+    }
+    assert!(index.evict(1).is_empty());
+}
+
+#[test]
+fn a_lookup_shortened_by_a_hole_leases_nothing_behind_it() {
+    let (index, pool) = new(2000);
+    store(&index, &pool, 0..700);
+    store(&index, &pool, 701..2000);
+    let lease = index.lease_prefix(Keys::from_slices(&keys(0..2000)));
+    assert_eq!((lease.len(), index.stats().leased), (700, 700));
+    drop(lease);
+    assert_eq!(index.stats().leased, 0);
+    index.validate();
+}
+
+#[test]
+fn when_all_is_leased_nothing_is_evicted() {
+    let (index, pool) = new(100);
+    store(&index, &pool, 0..100);
+    let lease = index.lease_prefix(Keys::from_slices(&keys(0..100)));
+    assert!(index.evict(5).is_empty());
+    drop(lease);
+    assert_eq!(index.evict(5).len(), 5);
+}
+
+/// A key that comes twice in one call gets one block.
+#[test]
+fn a_key_that_comes_twice_is_stored_once() {
+    let (index, pool) = new(10);
+    let twice = [key(1), key(2), key(1)];
+    let reserved = index.reserve(Keys::from_slices(&twice));
+    assert_eq!((reserved.reservation.len(), reserved.pending), (2, 1));
+    reserved.reservation.begin(pool.claim_many(2)).publish();
+    let (lease, mask) = index.lease_each(Keys::from_slices(&twice));
+    assert!(mask.all());
+    assert_eq!(lease.slots()[0], lease.slots()[2]);
+    drop(lease);
+    assert_eq!(index.evict(10).len(), 2);
+}
+
+#[test]
+fn too_few_slots_leave_the_tail_out() {
+    let (index, pool) = new(3);
+    let reserved = index.reserve(Keys::from_slices(&keys(0..5)));
+    let writing = reserved.reservation.begin(pool.claim_many(5));
+    assert_eq!(writing.steps().map(|(position, _)| position).collect::<Vec<_>>(), [0, 1, 2]);
+    writing.publish();
+    assert_eq!(index.prefix_len(Keys::from_slices(&keys(0..5))), 3);
+    index.validate();
+}

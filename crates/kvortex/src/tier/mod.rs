@@ -1,0 +1,3 @@
+//! Levels that keep blocks.
+
+pub mod host;

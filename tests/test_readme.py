@@ -34,8 +34,19 @@ def test_the_readme_names_every_developer_command_that_exists():
     assert usage == named
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").rglob("*.md"))])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").rglob("*.md"))]
+)
 def test_every_link_to_a_file_leads_somewhere(document):
     [path] = [p for p in (ROOT / document, *(ROOT / "docs").rglob(document)) if p.exists()][:1]
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
     assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
+
+
+def test_every_message_the_guide_explains_is_one_that_is_said():
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8").split("## When something is wrong")[1]
+    messages = re.findall(r"^\| `([^`]+)` \|", guide, re.MULTILINE)
+    sources = [*(ROOT / "crates").rglob("*.rs"), *(ROOT / "python").rglob("*.py")]
+    said = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    assert len(messages) > 10
+    assert not [message for message in messages if message not in said]

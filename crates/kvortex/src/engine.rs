@@ -99,6 +99,15 @@ impl Engine {
     /// # Errors
     /// [`Error::Config`] for a knob that cannot work, [`Error::Mem`] when the memory is not to be had.
     pub fn create(config: EngineConfig) -> Result<Self> {
+        let copies = Arc::new(HostCopy::new(config.threads));
+        Self::with_copies(config, copies)
+    }
+
+    /// As [`create`](Self::create), with copies made by `copies`, which the engine stops when it is shut down.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn with_copies(config: EngineConfig, copies: Arc<dyn CopyEngine>) -> Result<Self> {
         config.validate()?;
         let memory = HostMemory::map(&MapOptions {
             bytes: config.pool_bytes,
@@ -109,7 +118,7 @@ impl Engine {
         let (block_bytes, namespace) = (config.block_bytes, config.namespace);
         let engine = Self {
             inner: Arc::new(Inner {
-                copies: Arc::new(HostCopy::new(config.threads)),
+                copies,
                 config,
                 owner: Owner::this_process(),
                 state: RwLock::new(State::Unbound(memory)),

@@ -31,12 +31,7 @@ impl Arena {
     pub fn cut(memory: HostMemory, slot_bytes: usize) -> Result<Arena, MemError> {
         let count = Arena::fit(memory.len(), slot_bytes)?;
         let stride = slot_bytes.next_multiple_of(SLOT_ALIGNMENT);
-        Ok(Arena {
-            memory,
-            slots: SlotPool::new(count),
-            slot_bytes,
-            stride,
-        })
+        Ok(Arena { memory, slots: SlotPool::new(count), slot_bytes, stride })
     }
 
     /// How many slots of `slot_bytes` payload bytes fit into `bytes` bytes of memory; an error if none does.
@@ -44,18 +39,10 @@ impl Arena {
         if slot_bytes == 0 {
             return Err(MemError::ZeroBytes { what: "a slot" });
         }
-        let stride = slot_bytes
-            .checked_next_multiple_of(SLOT_ALIGNMENT)
-            .unwrap_or(usize::MAX);
+        let stride = slot_bytes.checked_next_multiple_of(SLOT_ALIGNMENT).unwrap_or(usize::MAX);
         match bytes / stride {
-            0 => Err(MemError::TooSmall {
-                bytes,
-                slot_bytes: stride,
-            }),
-            slots => u32::try_from(slots).map_err(|_| MemError::TooManySlots {
-                slots,
-                max: u32::MAX as usize,
-            }),
+            0 => Err(MemError::TooSmall { bytes, slot_bytes: stride }),
+            slots => u32::try_from(slots).map_err(|_| MemError::TooManySlots { slots, max: u32::MAX as usize }),
         }
     }
 

@@ -7,9 +7,7 @@ use std::io;
 #[non_exhaustive]
 pub enum MemError {
     /// The system refused a mapping, or refused to fill it with pages.
-    #[error(
-        "cannot map {bytes} bytes of host memory: {source}; ask for a smaller pool or free memory"
-    )]
+    #[error("cannot map {bytes} bytes of host memory: {source}; ask for a smaller pool or free memory")]
     Map {
         /// Bytes asked for.
         bytes: usize,
@@ -44,9 +42,7 @@ pub enum MemError {
         what: &'static str,
     },
     /// The memory would be cut into more slots than a slot number can name.
-    #[error(
-        "{slots} slots are more than the {max} that a slot number can name; use larger blocks or a smaller pool"
-    )]
+    #[error("{slots} slots are more than the {max} that a slot number can name; use larger blocks or a smaller pool")]
     TooManySlots {
         /// Slots the cut would make.
         slots: usize,
@@ -165,9 +161,7 @@ pub enum MemError {
     #[error("stopped: no more work is taken")]
     Stopped,
     /// The object was made by the process that this one was forked from.
-    #[error(
-        "made in process {parent} and not usable in its forked child {child}; create a new one in the child"
-    )]
+    #[error("made in process {parent} and not usable in its forked child {child}; create a new one in the child")]
     Forked {
         /// Process that made the object.
         parent: u32,

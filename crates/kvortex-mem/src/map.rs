@@ -61,16 +61,9 @@ impl HostMemory {
     /// because the system would not refuse but end the process halfway through.
     pub fn map(options: &MapOptions) -> Result<HostMemory, MemError> {
         let len = mapped_len(options)?;
-        let error = |source| MemError::Map {
-            bytes: options.bytes,
-            source,
-        };
+        let error = |source| MemError::Map { bytes: options.bytes, source };
         let addr = reserve(len).map_err(error)?;
-        let mut memory = HostMemory {
-            addr,
-            len,
-            node: None,
-        };
+        let mut memory = HostMemory { addr, len, node: None };
         if options.huge_pages {
             memory.advise_huge_pages();
         }
@@ -109,9 +102,7 @@ impl HostMemory {
 
     /// Whether the memory is pinned for a GPU.
     pub fn pinned(&self) -> Pinned {
-        Pinned::No {
-            reason: "no CUDA device: plain memory".to_owned(),
-        }
+        Pinned::No { reason: "no CUDA device: plain memory".to_owned() }
     }
 
     fn advise_huge_pages(&self) {
@@ -147,14 +138,10 @@ impl Drop for HostMemory {
 fn mapped_len(options: &MapOptions) -> Result<usize, MemError> {
     let bytes = options.bytes;
     if bytes == 0 {
-        return Err(MemError::ZeroBytes {
-            what: "the memory to map",
-        });
+        return Err(MemError::ZeroBytes { what: "the memory to map" });
     }
     let available = numa::available_memory();
-    let len = bytes
-        .checked_next_multiple_of(page_bytes())
-        .ok_or(MemError::TooLarge { bytes, available })?;
+    let len = bytes.checked_next_multiple_of(page_bytes()).ok_or(MemError::TooLarge { bytes, available })?;
     if options.touch_threads > 0 && len > available {
         return Err(MemError::TooLarge { bytes, available });
     }
@@ -176,9 +163,7 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     if len < HUGE_PAGE {
         return map_anonymous(len);
     }
-    let padded = len
-        .checked_add(HUGE_PAGE)
-        .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let padded = len.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
     let start = map_anonymous(padded)?;
     let skip = start.align_offset(HUGE_PAGE);
     unmap(start, 0..skip);
@@ -211,9 +196,7 @@ fn touch(memory: &HostMemory, threads: usize) -> io::Result<()> {
     let next = AtomicUsize::new(0);
     let work = || -> io::Result<()> {
         loop {
-            let start = next
-                .fetch_add(1, Ordering::Relaxed)
-                .saturating_mul(TOUCH_PIECE);
+            let start = next.fetch_add(1, Ordering::Relaxed).saturating_mul(TOUCH_PIECE);
             if start >= memory.len {
                 return Ok(());
             }
@@ -224,22 +207,12 @@ fn touch(memory: &HostMemory, threads: usize) -> io::Result<()> {
         return Ok(());
     }
     thread::scope(|scope| {
-        let start = |index| {
-            thread::Builder::new()
-                .name(format!("kvortex-touch-{index}"))
-                .spawn_scoped(scope, work)
-        };
+        let start = |index| thread::Builder::new().name(format!("kvortex-touch-{index}")).spawn_scoped(scope, work);
         // A thread that cannot be started leaves its share to the others and to this one.
-        let others: Vec<_> = (1..threads.min(pieces))
-            .map_while(|index| start(index).ok())
-            .collect();
+        let others: Vec<_> = (1..threads.min(pieces)).map_while(|index| start(index).ok()).collect();
         let own = work();
         others.into_iter().fold(own, |result, other| {
-            result.and(
-                other
-                    .join()
-                    .unwrap_or_else(|_| Err(io::Error::other("a touching thread panicked"))),
-            )
+            result.and(other.join().unwrap_or_else(|_| Err(io::Error::other("a touching thread panicked"))))
         })
     })
 }
@@ -280,11 +253,7 @@ fn huge_bytes_in(smaps: &str, range: std::ops::Range<usize>) -> usize {
         if let Some(area) = area_of(line) {
             inside = area.start < range.end && range.start < area.end;
         } else if inside && let Some(value) = line.strip_prefix("AnonHugePages:") {
-            kib += value
-                .trim_end_matches("kB")
-                .trim()
-                .parse::<usize>()
-                .unwrap_or(0);
+            kib += value.trim_end_matches("kB").trim().parse::<usize>().unwrap_or(0);
         }
     }
     // Areas may be joined with a neighbour's.

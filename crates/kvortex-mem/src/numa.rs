@@ -10,39 +10,26 @@ const NODES: &str = "/sys/devices/system/node/online";
 
 /// Number of NUMA nodes, counted up to the highest; 1 where the system does not tell.
 pub fn node_count() -> u32 {
-    std::fs::read_to_string(NODES)
-        .ok()
-        .and_then(|list| highest_in(&list))
-        .map_or(1, |highest| highest + 1)
+    std::fs::read_to_string(NODES).ok().and_then(|list| highest_in(&list)).map_or(1, |highest| highest + 1)
 }
 
 /// Bytes that this process could take now without swapping or being ended: the least of `MemAvailable` and of what is left
 /// under each limit of its control groups. `usize::MAX` where the system tells neither.
 pub fn available_memory() -> usize {
     let ram = meminfo("MemAvailable:").unwrap_or(usize::MAX);
-    groups()
-        .iter()
-        .filter_map(Group::left)
-        .fold(ram, usize::min)
+    groups().iter().filter_map(Group::left).fold(ram, usize::min)
 }
 
 /// Bytes that this process could ever take: the least of the machine's RAM and each limit of its control groups.
 /// `usize::MAX` where the system tells neither.
 pub fn total_memory_limit() -> usize {
     let ram = meminfo("MemTotal:").unwrap_or(usize::MAX);
-    groups()
-        .iter()
-        .filter_map(Group::limit)
-        .fold(ram, usize::min)
+    groups().iter().filter_map(Group::limit).fold(ram, usize::min)
 }
 
 pub(crate) fn check_node(node: u32) -> Result<(), MemError> {
     let last = node_count() - 1;
-    if node > last {
-        Err(MemError::NoSuchNode { node, last })
-    } else {
-        Ok(())
-    }
+    if node > last { Err(MemError::NoSuchNode { node, last }) } else { Ok(()) }
 }
 
 /// Prefers the memory of `node` for the pages of a mapping that are not filled yet.
@@ -56,30 +43,13 @@ pub(crate) fn prefer(addr: NonNull<u8>, len: usize, node: u32) -> io::Result<()>
     // The kernel reads one bit less than it is told.
     let mask_bits = mask.len() * bits as usize + 1;
     // SAFETY: the mask lives during the call and has the bits it is said to have; the policy changes no bytes.
-    let rc = unsafe {
-        libc::syscall(
-            libc::SYS_mbind,
-            addr.as_ptr(),
-            len,
-            MPOL_PREFERRED,
-            mask.as_ptr(),
-            mask_bits,
-            0,
-        )
-    };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let rc = unsafe { libc::syscall(libc::SYS_mbind, addr.as_ptr(), len, MPOL_PREFERRED, mask.as_ptr(), mask_bits, 0) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The highest number of a list like `0-3,8`.
 fn highest_in(list: &str) -> Option<u32> {
-    list.trim()
-        .split([',', '-'])
-        .filter_map(|number| number.parse().ok())
-        .max()
+    list.trim().split([',', '-']).filter_map(|number| number.parse().ok()).max()
 }
 
 fn meminfo(field: &str) -> Option<usize> {
@@ -88,13 +58,7 @@ fn meminfo(field: &str) -> Option<usize> {
 
 fn kib_field(text: &str, field: &str) -> Option<usize> {
     let value = text.lines().find_map(|line| line.strip_prefix(field))?;
-    value
-        .trim()
-        .trim_end_matches("kB")
-        .trim()
-        .parse::<usize>()
-        .ok()?
-        .checked_mul(1024)
+    value.trim().trim_end_matches("kB").trim().parse::<usize>().ok()?.checked_mul(1024)
 }
 
 /// One control group that limits this process, in either version of the interface.
@@ -134,23 +98,14 @@ impl Group {
     fn file_pages(&self, prefix: &str) -> usize {
         let text = std::fs::read_to_string(self.path.join("memory.stat")).unwrap_or_default();
         let field = |name: &str| {
-            let line = text.lines().find_map(|line| {
-                line.strip_prefix(prefix)?
-                    .strip_prefix(name)?
-                    .strip_prefix(' ')
-            });
-            line.and_then(|value| value.trim().parse::<usize>().ok())
-                .unwrap_or(0)
+            let line = text.lines().find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
+            line.and_then(|value| value.trim().parse::<usize>().ok()).unwrap_or(0)
         };
         field("inactive_file") + field("active_file")
     }
 
     fn number(&self, file: &str) -> Option<usize> {
-        std::fs::read_to_string(self.path.join(file))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
+        std::fs::read_to_string(self.path.join(file)).ok()?.trim().parse().ok()
     }
 }
 
@@ -167,17 +122,11 @@ fn groups_in(mountinfo: &str, membership: &str) -> Vec<Group> {
         .flat_map(|mount| {
             let own = own_path(membership, mount.version).unwrap_or("/");
             // In a container the mount's root may be the own group, named as the host names it.
-            let inside = own
-                .strip_prefix(mount.root)
-                .unwrap_or(own)
-                .trim_start_matches('/');
+            let inside = own.strip_prefix(mount.root).unwrap_or(own).trim_start_matches('/');
             let (top, version) = (PathBuf::from(mount.point), mount.version);
             let lowest = top.join(inside);
-            let levels: Vec<PathBuf> = lowest
-                .ancestors()
-                .take_while(|path| path.starts_with(&top))
-                .map(Path::to_owned)
-                .collect();
+            let levels: Vec<PathBuf> =
+                lowest.ancestors().take_while(|path| path.starts_with(&top)).map(Path::to_owned).collect();
             levels.into_iter().map(move |path| Group { path, version })
         })
         .collect()
@@ -200,11 +149,7 @@ fn memory_mount(line: &str) -> Option<Mount<'_>> {
         "cgroup" if back.nth(1)?.split(',').any(|option| option == "memory") => Version::One,
         _ => return None,
     };
-    Some(Mount {
-        root: root.trim_end_matches('/'),
-        point,
-        version,
-    })
+    Some(Mount { root: root.trim_end_matches('/'), point, version })
 }
 
 /// The group path of a line `id:controllers:path`.
@@ -214,9 +159,7 @@ fn own_path(membership: &str, version: Version) -> Option<&str> {
         let (controllers, path) = rest.split_once(':')?;
         let wanted = match version {
             Version::Two => controllers.is_empty(),
-            Version::One => controllers
-                .split(',')
-                .any(|controller| controller == "memory"),
+            Version::One => controllers.split(',').any(|controller| controller == "memory"),
         };
         wanted.then_some(path)
     })

@@ -87,19 +87,11 @@ impl PinnedHostPool {
     /// A pool over all of `memory`. `alignment` is a power of two of at least 8; [`DEFAULT_ALIGNMENT`] suits most.
     pub fn new(memory: HostMemory, alignment: usize) -> Result<PinnedHostPool, MemError> {
         if !alignment.is_power_of_two() || alignment < MIN_ALIGNMENT {
-            return Err(MemError::BadAlignment {
-                alignment,
-                min: MIN_ALIGNMENT,
-            });
+            return Err(MemError::BadAlignment { alignment, min: MIN_ALIGNMENT });
         }
         let start = memory.addr().as_ptr() as usize;
-        let too_small = || MemError::TooSmall {
-            bytes: memory.len(),
-            slot_bytes: alignment,
-        };
-        let base = start
-            .checked_next_multiple_of(alignment)
-            .ok_or_else(too_small)?;
+        let too_small = || MemError::TooSmall { bytes: memory.len(), slot_bytes: alignment };
+        let base = start.checked_next_multiple_of(alignment).ok_or_else(too_small)?;
         let usable = memory.len().saturating_sub(base - start);
         let capacity = usable - usable % alignment;
         if capacity == 0 {
@@ -107,34 +99,21 @@ impl PinnedHostPool {
         }
         let mut state = State::default();
         state.insert_free(0, capacity);
-        Ok(PinnedHostPool {
-            memory,
-            alignment,
-            base,
-            capacity,
-            state: Mutex::new(state),
-        })
+        Ok(PinnedHostPool { memory, alignment, base, capacity, state: Mutex::new(state) })
     }
 
     /// A piece of at least `bytes` bytes, aligned. Its contents are what the last user left.
     pub fn allocate(&self, bytes: usize) -> Result<Allocation, MemError> {
         if bytes == 0 {
-            return Err(MemError::ZeroBytes {
-                what: "an allocation",
-            });
+            return Err(MemError::ZeroBytes { what: "an allocation" });
         }
-        let len = bytes
-            .checked_next_multiple_of(self.alignment)
-            .unwrap_or(usize::MAX);
+        let len = bytes.checked_next_multiple_of(self.alignment).unwrap_or(usize::MAX);
         let mut state = self.state.lock();
         if state.closed {
             return Err(MemError::Stopped);
         }
         match state.allocate(bytes, len) {
-            Some(offset) => Ok(Allocation {
-                addr: self.base + offset,
-                bytes,
-            }),
+            Some(offset) => Ok(Allocation { addr: self.base + offset, bytes }),
             None => Err(state.refuse(bytes, self.capacity)),
         }
     }
@@ -144,19 +123,13 @@ impl PinnedHostPool {
     /// [`MemError::DoubleFree`] if one did and was given back; [`MemError::ForeignPointer`] for every other address, one in
     /// the middle of an allocation among them.
     pub fn free(&self, addr: usize) -> Result<(), MemError> {
-        let offset = addr
-            .checked_sub(self.base)
-            .ok_or(MemError::ForeignPointer { addr })?;
+        let offset = addr.checked_sub(self.base).ok_or(MemError::ForeignPointer { addr })?;
         let mut state = self.state.lock();
         if state.release(offset) {
             return Ok(());
         }
         let again = state.freed.contains(&offset);
-        Err(if again {
-            MemError::DoubleFree { addr }
-        } else {
-            MemError::ForeignPointer { addr }
-        })
+        Err(if again { MemError::DoubleFree { addr } } else { MemError::ForeignPointer { addr } })
     }
 
     /// How full the pool is.
@@ -169,11 +142,7 @@ impl PinnedHostPool {
             free,
             peak: state.peak,
             largest_free,
-            fragmentation: if free == 0 {
-                0.0
-            } else {
-                1.0 - largest_free as f64 / free as f64
-            },
+            fragmentation: if free == 0 { 0.0 } else { 1.0 - largest_free as f64 / free as f64 },
             live: state.live.len(),
             allocations: state.allocations,
             failures: state.failures,
@@ -222,11 +191,8 @@ fn report_leak(leaked: &[Allocation]) {
         return;
     }
     let bytes: usize = leaked.iter().map(|allocation| allocation.bytes).sum();
-    let named: Vec<String> = leaked
-        .iter()
-        .take(NAMED)
-        .map(|leak| format!("{:#x} ({} bytes)", leak.addr, leak.bytes))
-        .collect();
+    let named: Vec<String> =
+        leaked.iter().take(NAMED).map(|leak| format!("{:#x} ({} bytes)", leak.addr, leak.bytes)).collect();
     let more = if leaked.len() > NAMED { ", ..." } else { "" };
     log::warn!(
         "host pool closed with {} allocations of {bytes} bytes still in use: {}{more}",
@@ -255,11 +221,7 @@ impl State {
 
     fn refuse(&mut self, requested: usize, capacity: usize) -> MemError {
         self.failures += 1;
-        MemError::OutOfMemory {
-            requested,
-            free: capacity - self.used,
-            largest: self.largest_free(),
-        }
+        MemError::OutOfMemory { requested, free: capacity - self.used, largest: self.largest_free() }
     }
 
     /// False if no allocation starts at `offset`.
@@ -299,12 +261,6 @@ impl State {
     }
 
     fn live(&self, base: usize) -> Vec<Allocation> {
-        self.live
-            .iter()
-            .map(|(&offset, live)| Allocation {
-                addr: base + offset,
-                bytes: live.bytes,
-            })
-            .collect()
+        self.live.iter().map(|(&offset, live)| Allocation { addr: base + offset, bytes: live.bytes }).collect()
     }
 }

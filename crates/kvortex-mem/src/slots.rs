@@ -44,17 +44,8 @@ pub struct SlotClaim {
 impl SlotPool {
     /// A pool of the slots 0 to `count - 1`, all free.
     pub fn new(count: u32) -> SlotPool {
-        let state = Mutex::new(State {
-            fresh: 0,
-            returned: Vec::new(),
-        });
-        SlotPool {
-            shared: Arc::new(Shared {
-                total: count,
-                free: AtomicU32::new(count),
-                state,
-            }),
-        }
+        let state = Mutex::new(State { fresh: 0, returned: Vec::new() });
+        SlotPool { shared: Arc::new(Shared { total: count, free: AtomicU32::new(count), state }) }
     }
 
     /// One free slot, or `None` if there is none.
@@ -78,18 +69,13 @@ impl SlotPool {
     pub fn return_many(&self, claims: Vec<SlotClaim>) {
         let mut own = Vec::with_capacity(claims.len());
         for mut claim in claims {
-            if claim
-                .pool
-                .as_ref()
-                .is_some_and(|pool| Arc::ptr_eq(pool, &self.shared))
-            {
+            if claim.pool.as_ref().is_some_and(|pool| Arc::ptr_eq(pool, &self.shared)) {
                 claim.pool = None;
                 own.push(claim.id.0);
             }
         }
         // Reversed, because the last one in is the first one out: neighbours come back in ascending order.
-        self.shared
-            .with(|state, _| state.returned.extend(own.into_iter().rev()));
+        self.shared.with(|state, _| state.returned.extend(own.into_iter().rev()));
     }
 
     /// Slots in all.
@@ -112,10 +98,7 @@ impl SlotPool {
     }
 
     fn claim_of(&self, id: u32) -> SlotClaim {
-        SlotClaim {
-            pool: Some(Arc::clone(&self.shared)),
-            id: SlotId(id),
-        }
+        SlotClaim { pool: Some(Arc::clone(&self.shared)), id: SlotId(id) }
     }
 }
 

@@ -40,9 +40,7 @@ mod modelled {
 
         /// Waits for the lock.
         pub fn lock(&self) -> MutexGuard<'_, T> {
-            MutexGuard(Some(
-                self.0.lock().unwrap_or_else(|poison| poison.into_inner()),
-            ))
+            MutexGuard(Some(self.0.lock().unwrap_or_else(|poison| poison.into_inner())))
         }
 
         /// The lock if it is free now.
@@ -52,16 +50,12 @@ mod modelled {
 
         /// The value, without locking: the exclusive borrow proves that nobody holds it.
         pub fn get_mut(&mut self) -> &mut T {
-            self.0
-                .get_mut()
-                .unwrap_or_else(|poison| poison.into_inner())
+            self.0.get_mut().unwrap_or_else(|poison| poison.into_inner())
         }
 
         /// The value.
         pub fn into_inner(self) -> T {
-            self.0
-                .into_inner()
-                .unwrap_or_else(|poison| poison.into_inner())
+            self.0.into_inner().unwrap_or_else(|poison| poison.into_inner())
         }
     }
 
@@ -103,29 +97,17 @@ mod modelled {
         /// Releases the lock, waits for a notification and locks again.
         pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
             let held = guard.0.take().expect(HELD);
-            guard.0 = Some(
-                self.0
-                    .wait(held)
-                    .unwrap_or_else(|poison| poison.into_inner()),
-            );
+            guard.0 = Some(self.0.wait(held).unwrap_or_else(|poison| poison.into_inner()));
         }
 
         /// As [`Condvar::wait`]; the model has no clock, so it never times out.
-        pub fn wait_for<T>(
-            &self,
-            guard: &mut MutexGuard<'_, T>,
-            _timeout: Duration,
-        ) -> WaitTimeoutResult {
+        pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _timeout: Duration) -> WaitTimeoutResult {
             self.wait(guard);
             WaitTimeoutResult(false)
         }
 
         /// As [`Condvar::wait`]; the model has no clock, so it never times out.
-        pub fn wait_until<T>(
-            &self,
-            guard: &mut MutexGuard<'_, T>,
-            _deadline: Instant,
-        ) -> WaitTimeoutResult {
+        pub fn wait_until<T>(&self, guard: &mut MutexGuard<'_, T>, _deadline: Instant) -> WaitTimeoutResult {
             self.wait(guard);
             WaitTimeoutResult(false)
         }

@@ -1,18 +1,14 @@
 //! The pool against a naive map of its bytes.
 
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use kvortex_mem::MemError;
 use kvortex_mem::map::{HostMemory, MapOptions, Pinned};
 use kvortex_mem::pool::{Allocation, DEFAULT_ALIGNMENT, PinnedHostPool, PoolStats};
 use proptest::prelude::*;
 
 fn memory(bytes: usize) -> HostMemory {
-    HostMemory::map(&MapOptions {
-        bytes,
-        huge_pages: false,
-        numa_node: None,
-        touch_threads: 0,
-    })
-    .unwrap()
+    HostMemory::map(&MapOptions { bytes, huge_pages: false, numa_node: None, touch_threads: 0 }).unwrap()
 }
 
 fn pool(bytes: usize, alignment: usize) -> PinnedHostPool {
@@ -52,11 +48,7 @@ impl Model {
     }
 
     fn free_runs(&self) -> Vec<usize> {
-        self.owner
-            .chunk_by(|a, b| a.is_some() == b.is_some())
-            .filter(|run| run[0].is_none())
-            .map(<[_]>::len)
-            .collect()
+        self.owner.chunk_by(|a, b| a.is_some() == b.is_some()).filter(|run| run[0].is_none()).map(<[_]>::len).collect()
     }
 
     fn largest(&self) -> usize {
@@ -70,45 +62,26 @@ impl Model {
     /// The length, in units, of the free run that best fit must choose.
     fn best_run(&self, bytes: usize) -> Option<usize> {
         let need = bytes.div_ceil(self.alignment);
-        self.free_runs()
-            .into_iter()
-            .filter(|&run| run >= need)
-            .min()
+        self.free_runs().into_iter().filter(|&run| run >= need).min()
     }
 
     fn run_around(&self, unit: usize) -> usize {
-        let back = self.owner[..unit]
-            .iter()
-            .rev()
-            .take_while(|owner| owner.is_none())
-            .count();
-        back + self.owner[unit..]
-            .iter()
-            .take_while(|owner| owner.is_none())
-            .count()
+        let back = self.owner[..unit].iter().rev().take_while(|owner| owner.is_none()).count();
+        back + self.owner[unit..].iter().take_while(|owner| owner.is_none()).count()
     }
 
     fn allocated(&mut self, allocation: Allocation) {
         assert_eq!(allocation.addr % self.alignment, 0, "aligned");
         let units = self.units(allocation);
-        assert!(
-            self.owner[units.clone()].iter().all(Option::is_none),
-            "no overlap"
-        );
-        assert_eq!(
-            Some(self.run_around(units.start)),
-            self.best_run(allocation.bytes),
-            "best fit"
-        );
+        assert!(self.owner[units.clone()].iter().all(Option::is_none), "no overlap");
+        assert_eq!(Some(self.run_around(units.start)), self.best_run(allocation.bytes), "best fit");
         for unit in units {
             self.owner[unit] = Some(allocation.addr);
             self.was_start[unit] = false;
         }
         self.live.push(allocation);
         self.allocations += 1;
-        self.peak = self
-            .peak
-            .max(self.owner.len() * self.alignment - self.free());
+        self.peak = self.peak.max(self.owner.len() * self.alignment - self.free());
     }
 
     fn freed(&mut self, index: usize) {
@@ -119,22 +92,14 @@ impl Model {
     }
 
     fn stats(&self) -> PoolStats {
-        let (capacity, free, largest_free) = (
-            self.owner.len() * self.alignment,
-            self.free(),
-            self.largest(),
-        );
+        let (capacity, free, largest_free) = (self.owner.len() * self.alignment, self.free(), self.largest());
         PoolStats {
             capacity,
             used: capacity - free,
             free,
             peak: self.peak,
             largest_free,
-            fragmentation: if free == 0 {
-                0.0
-            } else {
-                1.0 - largest_free as f64 / free as f64
-            },
+            fragmentation: if free == 0 { 0.0 } else { 1.0 - largest_free as f64 / free as f64 },
             live: self.live.len(),
             allocations: self.allocations,
             failures: self.failures,
@@ -144,8 +109,7 @@ impl Model {
     /// What freeing `addr`, which is no live start, must answer.
     fn refusal(&self, addr: usize) -> &'static str {
         let double = addr.checked_sub(self.base).is_some_and(|offset| {
-            offset % self.alignment == 0
-                && self.was_start.get(offset / self.alignment) == Some(&true)
+            offset % self.alignment == 0 && self.was_start.get(offset / self.alignment) == Some(&true)
         });
         if double { "double" } else { "foreign" }
     }
@@ -174,16 +138,9 @@ fn apply(pool: &PinnedHostPool, model: &mut Model, op: &Op) {
                 assert_eq!(allocation.bytes, bytes);
                 model.allocated(allocation);
             }
-            Err(MemError::OutOfMemory {
-                requested,
-                free,
-                largest,
-            }) => {
+            Err(MemError::OutOfMemory { requested, free, largest }) => {
                 assert_eq!(model.best_run(bytes), None, "refused although a run fits");
-                assert_eq!(
-                    (requested, free, largest),
-                    (bytes, model.free(), model.largest())
-                );
+                assert_eq!((requested, free, largest), (bytes, model.free(), model.largest()));
                 model.failures += 1;
             }
             Err(other) => panic!("{other}"),
@@ -199,11 +156,7 @@ fn apply(pool: &PinnedHostPool, model: &mut Model, op: &Op) {
 }
 
 fn free_anywhere(pool: &PinnedHostPool, model: &mut Model, addr: usize) {
-    if let Some(index) = model
-        .live
-        .iter()
-        .position(|allocation| allocation.addr == addr)
-    {
+    if let Some(index) = model.live.iter().position(|allocation| allocation.addr == addr) {
         pool.free(addr).unwrap();
         return model.freed(index);
     }
@@ -247,32 +200,16 @@ fn errors_are_distinct_and_change_nothing() {
     let gone = pool.allocate(10).unwrap();
     pool.free(gone.addr).unwrap();
     let before = pool.stats();
-    assert!(matches!(
-        pool.free(gone.addr),
-        Err(MemError::DoubleFree { .. })
-    ));
-    for foreign in [
-        held.addr + 128,
-        held.addr + 1,
-        held.addr - 128,
-        0,
-        usize::MAX,
-        held.addr + (1 << 16),
-    ] {
-        assert!(
-            matches!(pool.free(foreign), Err(MemError::ForeignPointer { .. })),
-            "{foreign:#x}"
-        );
+    assert!(matches!(pool.free(gone.addr), Err(MemError::DoubleFree { .. })));
+    for foreign in [held.addr + 128, held.addr + 1, held.addr - 128, 0, usize::MAX, held.addr + (1 << 16)] {
+        assert!(matches!(pool.free(foreign), Err(MemError::ForeignPointer { .. })), "{foreign:#x}");
     }
     assert!(matches!(pool.allocate(0), Err(MemError::ZeroBytes { .. })));
     assert_eq!(pool.stats(), before);
     for huge in [usize::MAX, usize::MAX - 63, 1 << 16] {
         let free = (1 << 16) - 1024;
         let error = pool.allocate(huge).unwrap_err();
-        assert!(
-            matches!(error, MemError::OutOfMemory { free: f, .. } if f == free),
-            "{error}"
-        );
+        assert!(matches!(error, MemError::OutOfMemory { free: f, .. } if f == free), "{error}");
     }
 }
 
@@ -285,29 +222,17 @@ fn an_address_used_again_is_no_double_free() {
     pool.free(second.addr).unwrap();
     let both = pool.allocate(256).unwrap();
     assert_eq!(both.addr, first.addr);
-    assert!(
-        matches!(pool.free(second.addr), Err(MemError::ForeignPointer { .. })),
-        "inside a live allocation"
-    );
+    assert!(matches!(pool.free(second.addr), Err(MemError::ForeignPointer { .. })), "inside a live allocation");
     pool.free(both.addr).unwrap();
-    assert!(
-        matches!(pool.free(second.addr), Err(MemError::ForeignPointer { .. })),
-        "forgotten when covered"
-    );
-    assert!(matches!(
-        pool.free(both.addr),
-        Err(MemError::DoubleFree { .. })
-    ));
+    assert!(matches!(pool.free(second.addr), Err(MemError::ForeignPointer { .. })), "forgotten when covered");
+    assert!(matches!(pool.free(both.addr), Err(MemError::DoubleFree { .. })));
 }
 
 #[test]
 fn bad_alignments_are_refused() {
     for alignment in [0, 1, 4, 12, 96, usize::MAX] {
         let error = PinnedHostPool::new(memory(4096), alignment).unwrap_err();
-        assert!(
-            matches!(error, MemError::BadAlignment { .. }),
-            "{alignment}: {error}"
-        );
+        assert!(matches!(error, MemError::BadAlignment { .. }), "{alignment}: {error}");
     }
     let error = PinnedHostPool::new(memory(4096), 1 << 40).unwrap_err();
     assert!(matches!(error, MemError::TooSmall { .. }), "{error}");
@@ -336,9 +261,7 @@ fn closing_names_what_is_still_allocated() {
 
 #[test]
 fn plain_memory_says_so() {
-    let Pinned::No { reason } = pool(4096, 128).pinned() else {
-        panic!("pinned without a GPU")
-    };
+    let Pinned::No { reason } = pool(4096, 128).pinned() else { panic!("pinned without a GPU") };
     assert!(reason.contains("CUDA"), "{reason}");
 }
 
@@ -367,8 +290,5 @@ fn threads_share_a_pool_without_sharing_bytes() {
         }
     });
     let stats = pool.stats();
-    assert_eq!(
-        (stats.used, stats.live, stats.largest_free),
-        (0, 0, stats.capacity)
-    );
+    assert_eq!((stats.used, stats.live, stats.largest_free), (0, 0, stats.capacity));
 }

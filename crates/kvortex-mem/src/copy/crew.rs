@@ -59,13 +59,7 @@ impl Crew {
     /// A crew of at most `threads` workers; none has started.
     pub(super) fn new(threads: usize, copier: Copier) -> Crew {
         let (work, ended) = (Condvar::default(), Condvar::default());
-        Crew {
-            threads,
-            copier,
-            state: Mutex::default(),
-            work,
-            ended,
-        }
+        Crew { threads, copier, state: Mutex::default(), work, ended }
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -143,10 +137,7 @@ impl Crew {
         while state.workers.len() < wanted {
             let crew = Arc::clone(self);
             let name = format!("kvortex-copy-{}", state.workers.len());
-            let worker = thread::Builder::new()
-                .name(name)
-                .spawn(move || crew.serve())
-                .map_err(MemError::Thread)?;
+            let worker = thread::Builder::new().name(name).spawn(move || crew.serve()).map_err(MemError::Thread)?;
             state.workers.push(worker);
         }
         Ok(())

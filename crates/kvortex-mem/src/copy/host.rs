@@ -28,11 +28,7 @@ impl HostCopy {
     }
 
     fn with_copier(threads: usize, copier: Copier) -> HostCopy {
-        HostCopy {
-            crew: Arc::new(Crew::new(threads.max(1), copier)),
-            copier,
-            pid: std::process::id(),
-        }
+        HostCopy { crew: Arc::new(Crew::new(threads.max(1), copier)), copier, pid: std::process::id() }
     }
 
     /// Threads that copy one transfer at most.
@@ -42,21 +38,13 @@ impl HostCopy {
 
     fn check_process(&self) -> Result<(), MemError> {
         let child = std::process::id();
-        if child == self.pid {
-            Ok(())
-        } else {
-            Err(MemError::Forked {
-                parent: self.pid,
-                child,
-            })
-        }
+        if child == self.pid { Ok(()) } else { Err(MemError::Forked { parent: self.pid, child }) }
     }
 
     fn run_alone(&self, transfer: Transfer) -> Result<(), MemError> {
         let accepted = Accepted::new(&self.crew)?;
         let (steps, bytes) = (0..transfer.steps().len(), 0..transfer.pages().page_bytes());
-        let result =
-            guarded(|| (self.copier)(&transfer, steps, bytes)).map_err(MemError::CopyFailed);
+        let result = guarded(|| (self.copier)(&transfer, steps, bytes)).map_err(MemError::CopyFailed);
         drop(transfer);
         drop(accepted);
         result
@@ -68,11 +56,7 @@ impl HostCopy {
         let transfer = Arc::new(transfer);
         let outcome = Arc::new(Outcome::default());
         let signal = Arc::clone(&outcome);
-        let job = Job::new(
-            Arc::clone(&transfer),
-            self.threads(),
-            Box::new(move |result| signal.set(result)),
-        );
+        let job = Job::new(Arc::clone(&transfer), self.threads(), Box::new(move |result| signal.set(result)));
         self.crew.work_with(&Arc::new(job));
         let result = outcome.wait();
         drop(transfer);
@@ -99,11 +83,7 @@ impl CopyEngine for HostCopy {
             let _accepted = accepted;
             done(result);
         });
-        self.crew.hand_over(Arc::new(Job::new(
-            Arc::new(transfer),
-            self.threads(),
-            report,
-        )))
+        self.crew.hand_over(Arc::new(Job::new(Arc::new(transfer), self.threads(), report)))
     }
 
     fn stop(&self, deadline: Duration) -> bool {
@@ -145,5 +125,26 @@ impl Outcome {
                 None => self.ready.wait(&mut result),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::copy::suite;
+
+    #[test]
+    fn one_thread_conforms() {
+        suite::conforms(|| Arc::new(HostCopy::new(1)));
+    }
+
+    #[test]
+    fn two_threads_conform() {
+        suite::conforms(|| Arc::new(HostCopy::new(2)));
+    }
+
+    #[test]
+    fn five_threads_conform() {
+        suite::conforms(|| Arc::new(HostCopy::new(5)));
     }
 }

@@ -34,11 +34,7 @@ impl Job {
     /// A job for up to `threads` threads.
     pub(super) fn new(transfer: Arc<Transfer>, threads: usize, done: Done) -> Job {
         Job {
-            cut: Cut::of(
-                transfer.steps().len(),
-                transfer.pages().page_bytes(),
-                threads,
-            ),
+            cut: Cut::of(transfer.steps().len(), transfer.pages().page_bytes(), threads),
             transfer: Mutex::new(Some(transfer)),
             next: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
@@ -85,11 +81,7 @@ impl Job {
         if let Err(reason) = guarded(|| drop(transfer)) {
             log::error!("the owner of copied memory panicked when it was let go: {reason}");
         }
-        let result = self
-            .failure
-            .lock()
-            .take()
-            .map_or(Ok(()), |reason| Err(MemError::CopyFailed(reason)));
+        let result = self.failure.lock().take().map_or(Ok(()), |reason| Err(MemError::CopyFailed(reason)));
         let Some(done) = self.done.lock().take() else {
             return;
         };
@@ -110,14 +102,8 @@ pub(super) fn guarded(work: impl FnOnce()) -> Result<(), String> {
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!(
-        "a copying thread panicked: {}",
-        text.unwrap_or("no message")
-    )
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("a copying thread panicked: {}", text.unwrap_or("no message"))
 }
 
 /// How a transfer is cut: several whole pages per grain, or several grains per page.
@@ -139,21 +125,9 @@ impl Cut {
         // Parts end at cache lines of the slot, so that no two threads write one line.
         let part_bytes = page_bytes.div_ceil(parts).next_multiple_of(64).max(64);
         let parts_per_page = page_bytes.div_ceil(part_bytes).max(1);
-        let steps_per_grain = if parts_per_page > 1 {
-            1
-        } else {
-            grain / page_bytes.max(1)
-        }
-        .max(1);
+        let steps_per_grain = if parts_per_page > 1 { 1 } else { grain / page_bytes.max(1) }.max(1);
         let grains = steps.div_ceil(steps_per_grain) * parts_per_page;
-        Cut {
-            steps,
-            page_bytes,
-            steps_per_grain,
-            parts_per_page,
-            part_bytes,
-            grains,
-        }
+        Cut { steps, page_bytes, steps_per_grain, parts_per_page, part_bytes, grains }
     }
 
     /// The steps, and the bytes of each page, of grain `index`.

@@ -3,6 +3,8 @@
 mod crew;
 mod host;
 mod job;
+#[cfg(any(test, feature = "suite"))]
+pub mod suite;
 mod transfer;
 
 pub use host::HostCopy;
@@ -17,7 +19,7 @@ pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
 
 /// Executes transfers. It never decides what to move.
 ///
-/// The contract, which `copy::suite` proves for every implementation:
+/// The contract, which the suite beside this trait (feature `suite`) proves for every implementation:
 ///
 /// 1. After success every byte of every step is in its place; after failure the targets hold undefined bytes and the error
 ///    says so. No path leads from a failed copy to success.
@@ -25,7 +27,8 @@ pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
 ///    the end knows that nothing of it is referenced any more.
 /// 3. Engines may be used from any thread. Transfers given to one engine may run at the same time and in any order; keeping
 ///    conflicting ones apart is the caller's duty.
-/// 4. In a forked child every call fails at once with [`MemError::Forked`], and dropping the engine returns.
+/// 4. Dropping an engine waits for what it accepted, except on a thread of its own.
+/// 5. In a forked child every call fails at once with [`MemError::Forked`], and dropping the engine returns.
 pub trait CopyEngine: Send + Sync {
     /// Executes a transfer; returns when every byte is in place.
     fn run(&self, transfer: Transfer) -> Result<(), MemError>;

@@ -41,18 +41,8 @@ pub struct Transfer {
 impl Transfer {
     /// Checks that every slot and page exists, that a page fits into a slot, that no place is written twice and, for loads,
     /// that the pages are writable, share no bytes and lie outside the arena.
-    pub fn new(
-        direction: Direction,
-        arena: Arc<Arena>,
-        steps: Vec<Step>,
-        pages: Pages,
-    ) -> Result<Transfer, MemError> {
-        let transfer = Transfer {
-            direction,
-            arena,
-            steps,
-            pages,
-        };
+    pub fn new(direction: Direction, arena: Arc<Arena>, steps: Vec<Step>, pages: Pages) -> Result<Transfer, MemError> {
+        let transfer = Transfer { direction, arena, steps, pages };
         transfer.check_sizes()?;
         transfer.check_steps()?;
         if direction == Direction::Load && !transfer.steps.is_empty() {
@@ -89,11 +79,7 @@ impl Transfer {
     fn check_sizes(&self) -> Result<(), MemError> {
         let (actual, expected) = (self.pages.page_bytes(), self.arena.slot_bytes());
         if actual > expected {
-            return Err(MemError::PagesMismatch {
-                what: "bytes of a page (at most the slot's)",
-                expected,
-                actual,
-            });
+            return Err(MemError::PagesMismatch { what: "bytes of a page (at most the slot's)", expected, actual });
         }
         Ok(())
     }
@@ -101,11 +87,7 @@ impl Transfer {
     fn check_steps(&self) -> Result<(), MemError> {
         let (slots, pages) = (self.arena.slots().total(), self.pages.count());
         let store = self.direction == Direction::Store;
-        let (what, targets) = if store {
-            ("slot", slots)
-        } else {
-            ("page", pages)
-        };
+        let (what, targets) = if store { ("slot", slots) } else { ("page", pages) };
         let mut seen = Seen::new(if self.steps.len() > 1 { targets } else { 0 });
         for step in &self.steps {
             let (slot, page) = (step.slot.0 as usize, step.page as usize);
@@ -125,49 +107,34 @@ impl Transfer {
         }
         let start = self.arena.memory().addr().as_ptr() as usize;
         let end = start + self.arena.memory().len();
-        if self
-            .pages
-            .regions()
-            .any(|region| region.addr() < end && start < region.addr() + region.len())
-        {
+        if self.pages.regions().any(|region| region.addr() < end && start < region.addr() + region.len()) {
             return Err(MemError::TargetInArena);
         }
-        self.pages
-            .first_overlap()
-            .map_or(Ok(()), |(first, second)| {
-                Err(MemError::Overlap { first, second })
-            })
+        self.pages.first_overlap().map_or(Ok(()), |(first, second)| Err(MemError::Overlap { first, second }))
     }
 
     /// Copies the bytes `range` of each page of `steps`.
     pub(super) fn copy(&self, steps: Range<usize>, range: Range<usize>) {
         for step in &self.steps[steps] {
-            let slot = self
-                .arena
-                .memory()
-                .addr()
-                .as_ptr()
-                .wrapping_add(step.slot.0 as usize * self.arena.stride());
+            let slot = self.arena.memory().addr().as_ptr().wrapping_add(step.slot.0 as usize * self.arena.stride());
             let mut at = slot.wrapping_add(range.start);
             // One loop per direction: the choice is not made per fragment.
             match self.direction {
                 Direction::Store => {
-                    self.pages
-                        .for_each_run_in(step.page as usize, range.clone(), |page, len| {
-                            // SAFETY: `Transfer::new` and `Pages::new` have checked that the slot and the fragment are in bounds of
-                            // memory that this transfer keeps alive, and the fragments of a page add up to at most a slot. `copy`
-                            // allows a source page that lies in the arena.
-                            unsafe { ptr::copy(page, at, len) };
-                            at = at.wrapping_add(len);
-                        })
+                    self.pages.for_each_run_in(step.page as usize, range.clone(), |page, len| {
+                        // SAFETY: `Transfer::new` and `Pages::new` have checked that the slot and the fragment are in bounds of
+                        // memory that this transfer keeps alive, and the fragments of a page add up to at most a slot. `copy`
+                        // allows a source page that lies in the arena.
+                        unsafe { ptr::copy(page, at, len) };
+                        at = at.wrapping_add(len);
+                    })
                 }
                 Direction::Load => {
-                    self.pages
-                        .for_each_run_in(step.page as usize, range.clone(), |page, len| {
-                            // SAFETY: as above; the page is writable and lies outside the arena.
-                            unsafe { ptr::copy_nonoverlapping(at, page, len) };
-                            at = at.wrapping_add(len);
-                        })
+                    self.pages.for_each_run_in(step.page as usize, range.clone(), |page, len| {
+                        // SAFETY: as above; the page is writable and lies outside the arena.
+                        unsafe { ptr::copy_nonoverlapping(at, page, len) };
+                        at = at.wrapping_add(len);
+                    })
                 }
             }
         }
@@ -175,11 +142,7 @@ impl Transfer {
 }
 
 fn in_range(what: &'static str, index: usize, count: usize) -> Result<(), MemError> {
-    if index < count {
-        Ok(())
-    } else {
-        Err(MemError::OutOfRange { what, index, count })
-    }
+    if index < count { Ok(()) } else { Err(MemError::OutOfRange { what, index, count }) }
 }
 
 /// A set of numbers below a bound.

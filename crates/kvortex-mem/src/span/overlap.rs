@@ -16,14 +16,10 @@ pub(super) fn first_overlap(segments: &[Placed], count: usize) -> Option<Pair> {
     if count == 0 {
         return None;
     }
-    let mut bounded: Vec<(Range<usize>, &Segment)> = segments
-        .iter()
-        .map(|placed| (bounds(&placed.segment), &placed.segment))
-        .collect();
+    let mut bounded: Vec<(Range<usize>, &Segment)> =
+        segments.iter().map(|placed| (bounds(&placed.segment), &placed.segment)).collect();
     bounded.sort_unstable_by_key(|(bounds, _)| bounds.start);
-    clusters(&bounded)
-        .into_iter()
-        .find_map(|cluster| cluster_overlap(&cluster, count))
+    clusters(&bounded).into_iter().find_map(|cluster| cluster_overlap(&cluster, count))
 }
 
 /// The addresses from the first to the last byte of a segment that has pieces.
@@ -31,8 +27,7 @@ fn bounds(segment: &Segment) -> Range<usize> {
     let span = |index: usize| {
         let (base, pattern) = segment.piece(index);
         let bounds = pattern.bounds();
-        (base as usize).wrapping_add_signed(bounds.start)
-            ..(base as usize).wrapping_add_signed(bounds.end)
+        (base as usize).wrapping_add_signed(bounds.start)..(base as usize).wrapping_add_signed(bounds.end)
     };
     let join = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
     match segment {
@@ -75,9 +70,7 @@ impl Comb {
         match segments {
             [Segment::List(pieces)] => {
                 let shared = &pieces[0].pattern;
-                let same = pieces
-                    .iter()
-                    .all(|piece| Arc::ptr_eq(&piece.pattern, shared));
+                let same = pieces.iter().all(|piece| Arc::ptr_eq(&piece.pattern, shared));
                 same.then(|| Comb::of_list(segments[0], pieces.len()))
             }
             _ => Comb::of_tables(segments, count),
@@ -85,21 +78,11 @@ impl Comb {
     }
 
     fn of_list(segment: &Segment, count: usize) -> Comb {
-        let mut bases: Vec<usize> = (0..count)
-            .map(|index| segment.piece(index).0 as usize)
-            .collect();
+        let mut bases: Vec<usize> = (0..count).map(|index| segment.piece(index).0 as usize).collect();
         bases.sort_unstable();
-        let gap = bases
-            .windows(2)
-            .map(|pair| pair[1] - pair[0])
-            .min()
-            .unwrap_or(usize::MAX);
+        let gap = bases.windows(2).map(|pair| pair[1] - pair[0]).min().unwrap_or(usize::MAX);
         let reach = bases[count - 1] - bases[0];
-        Comb {
-            runs: runs_at(bases[0], segment.piece(0).1),
-            gap,
-            reach,
-        }
+        Comb { runs: runs_at(bases[0], segment.piece(0).1), gap, reach }
     }
 
     /// Tables of one stride. The sign of a stride only says which page is which, not where the bytes are.
@@ -150,11 +133,7 @@ impl Comb {
 
 fn runs_at(base: usize, pattern: &Pattern) -> Vec<Range<usize>> {
     let address = |offset: isize| base.wrapping_add_signed(offset);
-    pattern
-        .runs()
-        .iter()
-        .map(|run| address(run.offset)..address(run.end()))
-        .collect()
+    pattern.runs().iter().map(|run| address(run.offset)..address(run.end())).collect()
 }
 
 /// The answer from all fragments, sorted by address.
@@ -163,11 +142,7 @@ fn exact(segments: &[&Segment], count: usize) -> Option<Pair> {
     for segment in segments {
         for page in 0..count {
             let (base, pattern) = segment.piece(page);
-            runs.extend(
-                runs_at(base as usize, pattern)
-                    .into_iter()
-                    .map(|run| (run.start, run.end, page)),
-            );
+            runs.extend(runs_at(base as usize, pattern).into_iter().map(|run| (run.start, run.end, page)));
         }
     }
     runs.sort_unstable();

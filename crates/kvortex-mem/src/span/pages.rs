@@ -72,27 +72,13 @@ impl Segment {
     /// Base address (it may lie outside the region where strides are negative) and pattern of piece `index`.
     pub(super) fn piece(&self, index: usize) -> (*mut u8, &Arc<Pattern>) {
         match self {
-            Segment::Table {
-                region,
-                pattern,
-                first,
-                stride,
-                ..
-            } => {
+            Segment::Table { region, pattern, first, stride, .. } => {
                 // No overflow: `Pages::new` has checked the first and the last piece.
-                (
-                    region
-                        .base()
-                        .wrapping_offset(first + stride * index as isize),
-                    pattern,
-                )
+                (region.base().wrapping_offset(first + stride * index as isize), pattern)
             }
             Segment::List(pieces) => {
                 let piece = &pieces[index];
-                (
-                    piece.region.base().wrapping_offset(piece.offset),
-                    &piece.pattern,
-                )
+                (piece.region.base().wrapping_offset(piece.offset), &piece.pattern)
             }
         }
     }
@@ -109,13 +95,7 @@ impl Segment {
     fn check(&self) -> Result<usize, MemError> {
         match self {
             Segment::Table { count: 0, .. } => Ok(0),
-            Segment::Table {
-                region,
-                pattern,
-                first,
-                stride,
-                count,
-            } => {
+            Segment::Table { region, pattern, first, stride, count } => {
                 let last = *first as i128 + *stride as i128 * (*count as i128 - 1);
                 check_bounds(region, *first as i128, pattern)?;
                 check_bounds(region, last, pattern)?;
@@ -131,11 +111,7 @@ fn check_pieces(pieces: &[Piece]) -> Result<usize, MemError> {
     for piece in pieces {
         let actual = piece.pattern.bytes();
         if actual != expected {
-            return Err(MemError::PagesMismatch {
-                what: "bytes of a page",
-                expected,
-                actual,
-            });
+            return Err(MemError::PagesMismatch { what: "bytes of a page", expected, actual });
         }
         check_bounds(&piece.region, piece.offset as i128, &piece.pattern)?;
     }
@@ -144,11 +120,7 @@ fn check_pieces(pieces: &[Piece]) -> Result<usize, MemError> {
 
 fn check_bounds(region: &Region, base: i128, pattern: &Pattern) -> Result<(), MemError> {
     let bounds = pattern.bounds();
-    let (start, end, len) = (
-        base + bounds.start as i128,
-        base + bounds.end as i128,
-        region.len(),
-    );
+    let (start, end, len) = (base + bounds.start as i128, base + bounds.end as i128, region.len());
     if start < 0 || end > len as i128 {
         return Err(MemError::Bounds { start, end, len });
     }
@@ -159,30 +131,15 @@ impl Pages {
     /// Pages made of `segments`, which must all have the same number of pieces; the pieces of one segment must have the same
     /// number of bytes, at least one. At least one segment is needed; no pages at all are fine.
     pub fn new(segments: Vec<Segment>) -> Result<Pages, MemError> {
-        let count = segments
-            .first()
-            .ok_or(MemError::ZeroBytes { what: "a page" })?
-            .count();
+        let count = segments.first().ok_or(MemError::ZeroBytes { what: "a page" })?.count();
         let mut placed = Vec::with_capacity(segments.len());
         let mut start = 0usize;
         for segment in segments {
             let bytes = check_segment(&segment, count)?;
-            placed.push(Placed {
-                segment,
-                start,
-                bytes,
-            });
-            start = start
-                .checked_add(bytes)
-                .filter(|&sum| sum <= isize::MAX as usize)
-                .ok_or(TOO_LARGE)?;
+            placed.push(Placed { segment, start, bytes });
+            start = start.checked_add(bytes).filter(|&sum| sum <= isize::MAX as usize).ok_or(TOO_LARGE)?;
         }
-        Ok(Pages {
-            segments: placed.into(),
-            count,
-            page_bytes: start,
-            overlap: OnceLock::new(),
-        })
+        Ok(Pages { segments: placed.into(), count, page_bytes: start, overlap: OnceLock::new() })
     }
 
     /// Number of pages.
@@ -206,9 +163,7 @@ impl Pages {
     /// The first call decides it from bounds and strides where those suffice, from sorted fragments where they do not; later
     /// calls return the same answer at once.
     pub fn first_overlap(&self) -> Option<(usize, usize)> {
-        *self
-            .overlap
-            .get_or_init(|| overlap::first_overlap(&self.segments, self.count))
+        *self.overlap.get_or_init(|| overlap::first_overlap(&self.segments, self.count))
     }
 
     /// Calls `f` with the address and length of each fragment of page `page`, in the order of the page's bytes.
@@ -227,19 +182,9 @@ impl Pages {
     /// # Panics
     ///
     /// If there is no such page or byte.
-    pub fn for_each_run_in(
-        &self,
-        page: usize,
-        range: Range<usize>,
-        mut f: impl FnMut(*mut u8, usize),
-    ) {
-        assert!(
-            page < self.count && range.end <= self.page_bytes,
-            "no such page or byte"
-        );
-        let first = self
-            .segments
-            .partition_point(|placed| placed.start + placed.bytes <= range.start);
+    pub fn for_each_run_in(&self, page: usize, range: Range<usize>, mut f: impl FnMut(*mut u8, usize)) {
+        assert!(page < self.count && range.end <= self.page_bytes, "no such page or byte");
+        let first = self.segments.partition_point(|placed| placed.start + placed.bytes <= range.start);
         for placed in &self.segments[first..] {
             if placed.start >= range.end {
                 break;
@@ -252,27 +197,18 @@ impl Pages {
     }
 
     pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
-        self.segments
-            .iter()
-            .flat_map(|placed| placed.segment.regions())
+        self.segments.iter().flat_map(|placed| placed.segment.regions())
     }
 }
 
-const TOO_LARGE: MemError = MemError::TooComplex {
-    what: "bytes of a page",
-    value: usize::MAX,
-    max: isize::MAX as usize,
-};
+const TOO_LARGE: MemError =
+    MemError::TooComplex { what: "bytes of a page", value: usize::MAX, max: isize::MAX as usize };
 
 /// Bytes of each piece of `segment`, which must have `count` pieces.
 fn check_segment(segment: &Segment, count: usize) -> Result<usize, MemError> {
     let actual = segment.count();
     if actual != count {
-        return Err(MemError::PagesMismatch {
-            what: "number of pages",
-            expected: count,
-            actual,
-        });
+        return Err(MemError::PagesMismatch { what: "number of pages", expected: count, actual });
     }
     let bytes = segment.check()?;
     if count > 0 && bytes == 0 {

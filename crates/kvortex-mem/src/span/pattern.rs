@@ -48,50 +48,28 @@ impl Pattern {
 
     /// One fragment of `len` bytes at the base.
     pub fn contiguous(len: usize) -> Pattern {
-        let runs = if len == 0 {
-            Vec::new()
-        } else {
-            vec![Run { offset: 0, len }]
-        };
+        let runs = if len == 0 { Vec::new() } else { vec![Run { offset: 0, len }] };
         Pattern::of(runs)
     }
 
     /// The elements of a strided array in C order: `itemsize` bytes each, `strides` in bytes, either sign.
     ///
     /// An array without elements, or with items of 0 bytes, has no fragments.
-    pub fn strided(
-        itemsize: usize,
-        shape: &[usize],
-        strides: &[isize],
-    ) -> Result<Pattern, MemError> {
+    pub fn strided(itemsize: usize, shape: &[usize], strides: &[isize]) -> Result<Pattern, MemError> {
         if shape.len() != strides.len() {
             let what = "number of strides";
-            return Err(MemError::PagesMismatch {
-                what,
-                expected: shape.len(),
-                actual: strides.len(),
-            });
+            return Err(MemError::PagesMismatch { what, expected: shape.len(), actual: strides.len() });
         }
         if itemsize == 0 || shape.contains(&0) {
             return Ok(Pattern::contiguous(0));
         }
-        let mut dims: Vec<(usize, isize)> = shape
-            .iter()
-            .copied()
-            .zip(strides.iter().copied())
-            .filter(|&(count, _)| count > 1)
-            .collect();
+        let mut dims: Vec<(usize, isize)> =
+            shape.iter().copied().zip(strides.iter().copied()).filter(|&(count, _)| count > 1).collect();
         check_extent(itemsize, &dims)?;
         let len = take_contiguous(itemsize, &mut dims);
-        let count = dims
-            .iter()
-            .fold(1usize, |product, &(count, _)| product.saturating_mul(count));
+        let count = dims.iter().fold(1usize, |product, &(count, _)| product.saturating_mul(count));
         if count > Pattern::MAX_RUNS {
-            return Err(MemError::TooComplex {
-                what: "number of fragments",
-                value: count,
-                max: Pattern::MAX_RUNS,
-            });
+            return Err(MemError::TooComplex { what: "number of fragments", value: count, max: Pattern::MAX_RUNS });
         }
         Ok(Pattern::of(enumerate(len, &dims, count)))
     }
@@ -116,9 +94,7 @@ impl Pattern {
         if self.ascending {
             return false;
         }
-        self.sorted_runs()
-            .windows(2)
-            .any(|pair| pair[1].offset < pair[0].end())
+        self.sorted_runs().windows(2).any(|pair| pair[1].offset < pair[0].end())
     }
 
     pub(super) fn sorted_runs(&self) -> Vec<Run> {
@@ -159,13 +135,7 @@ impl Pattern {
         let start = runs.iter().map(|run| run.offset).min().unwrap_or(0);
         let end = runs.iter().map(Run::end).max().unwrap_or(0);
         let ascending = runs.windows(2).all(|pair| pair[0].end() <= pair[1].offset);
-        Pattern {
-            starts: Starts::of(&runs),
-            runs: runs.into(),
-            bytes,
-            bounds: start..end,
-            ascending,
-        }
+        Pattern { starts: Starts::of(&runs), runs: runs.into(), bytes, bounds: start..end, ascending }
     }
 }
 
@@ -188,20 +158,14 @@ impl Starts {
 /// Refuses arrays whose bytes, or whose offsets, cannot be counted in an `isize`.
 fn check_extent(itemsize: usize, dims: &[(usize, isize)]) -> Result<(), MemError> {
     let max = isize::MAX as usize;
-    let bytes = dims.iter().fold(itemsize as u128, |product, &(count, _)| {
-        product.saturating_mul(count as u128)
-    });
+    let bytes = dims.iter().fold(itemsize as u128, |product, &(count, _)| product.saturating_mul(count as u128));
     let reach = dims.iter().fold(itemsize as u128, |sum, &(count, stride)| {
         sum.saturating_add((count as u128 - 1).saturating_mul(stride.unsigned_abs() as u128))
     });
     let worst = bytes.max(reach);
     if worst > max as u128 {
         let value = usize::try_from(worst).unwrap_or(usize::MAX);
-        return Err(MemError::TooComplex {
-            what: "extent of a strided array in bytes",
-            value,
-            max,
-        });
+        return Err(MemError::TooComplex { what: "extent of a strided array in bytes", value, max });
     }
     Ok(())
 }

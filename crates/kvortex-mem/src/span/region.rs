@@ -39,20 +39,8 @@ impl Region {
     ///    dropped.
     /// 2. No Rust reference to these bytes is used while a transfer touches them.
     /// 3. `owner` may be dropped on any thread.
-    pub unsafe fn from_raw(
-        base: NonNull<u8>,
-        len: usize,
-        writable: bool,
-        owner: Box<dyn Any + Send + Sync>,
-    ) -> Region {
-        Region {
-            inner: Arc::new(Inner {
-                base,
-                len,
-                writable,
-                _owner: owner,
-            }),
-        }
+    pub unsafe fn from_raw(base: NonNull<u8>, len: usize, writable: bool, owner: Box<dyn Any + Send + Sync>) -> Region {
+        Region { inner: Arc::new(Inner { base, len, writable, _owner: owner }) }
     }
 
     /// A writable region that owns the bytes of `bytes`.
@@ -122,12 +110,7 @@ impl Region {
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = if self.inner.writable { "rw" } else { "ro" };
-        write!(
-            f,
-            "Region({:#x} + {} {access})",
-            self.addr(),
-            self.inner.len
-        )
+        write!(f, "Region({:#x} + {} {access})", self.addr(), self.inner.len)
     }
 }
 

@@ -1,0 +1,56 @@
+//! What every copy engine must do, as one suite: `conforms(|| Arc::new(MyEngine::new()))`.
+//!
+//! Every byte is derived from its place, memory is poisoned before each copy, and the bytes between the fragments and behind
+//! the payload are checked too. A violation panics with what was violated.
+
+mod bytes;
+mod layouts;
+mod life;
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::{CopyEngine, Transfer};
+use crate::error::MemError;
+use crate::sync::Arc;
+
+type Engine = Arc<dyn CopyEngine>;
+
+/// No copy of this suite takes nearly as long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Panics unless the engines that `make` returns keep the contract of [`CopyEngine`]. Takes some seconds.
+pub fn conforms(make: impl Fn() -> Engine) {
+    for layout in layouts::all() {
+        bytes::round_trip(&make(), &layout);
+    }
+    bytes::only_named_steps_are_copied(&make());
+    life::empty_transfers_end(&make());
+    life::memory_is_let_go_before_the_end_is_told(&make());
+    life::done_is_called_once_each(&make());
+    life::a_panic_in_done_harms_nobody(&make());
+    life::several_threads_share_an_engine(&make());
+    life::stop_waits_and_then_refuses(&make());
+    life::dropping_an_engine_ends_what_it_accepted(make());
+    life::an_engine_may_be_dropped_by_its_own_done(make());
+}
+
+/// How a transfer is executed.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Run,
+    Submit,
+}
+
+const WAYS: [Way; 2] = [Way::Run, Way::Submit];
+
+fn execute(engine: &Engine, transfer: Transfer, way: Way) -> Result<(), MemError> {
+    match way {
+        Way::Run => engine.run(transfer),
+        Way::Submit => {
+            let (sender, receiver) = mpsc::channel();
+            engine.submit(transfer, Box::new(move |result| sender.send(result).unwrap_or(())))?;
+            receiver.recv_timeout(PATIENCE).expect("`done` was not called")
+        }
+    }
+}

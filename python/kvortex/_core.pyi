@@ -1,0 +1,443 @@
+"""The native part of kvortex; import ``kvortex`` instead."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, overload, type_check_only
+
+from _typeshed import ReadableBuffer
+from typing_extensions import disjoint_base
+
+from kvortex.config import KVortexConfig
+
+__all__ = [
+    "Block",
+    "BlockMask",
+    "CapacityError",
+    "ClosedError",
+    "ConfigError",
+    "DoubleFreeError",
+    "ForeignPointerError",
+    "ForkedProcessError",
+    "HostView",
+    "InvalidArgumentError",
+    "KVortexEngine",
+    "KVortexError",
+    "KVortexTimeoutError",
+    "KeyChain",
+    "LayoutError",
+    "Lease",
+    "Namespace",
+    "PinnedBuffer",
+    "PinnedHostPool",
+    "PoolError",
+    "PoolExhaustedError",
+    "Report",
+    "Segments",
+    "Ticket",
+    "TransferError",
+    "UnsupportedError",
+    "__version__",
+    "build_info",
+    "hash_tokens",
+]
+
+@type_check_only
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+_Tensor: TypeAlias = _SupportsDLPack | ReadableBuffer
+"""One array: anything with ``__dlpack__`` in host memory (torch, numpy, JAX, CuPy) or the buffer protocol."""
+
+_Blocks: TypeAlias = _Tensor | Sequence[_Tensor] | Segments
+"""n blocks: one array whose leading dimension is n, a list or tuple of n arrays (one per block), or Segments."""
+
+_Keys: TypeAlias = ReadableBuffer | list[bytes] | tuple[bytes, ...]
+"""n keys: packed bytes of n * 32, or a list or tuple of 32-byte bytes."""
+
+_Tokens: TypeAlias = _Tensor | Sequence[int]
+"""Token ids of one prompt: a list or tuple, or a one-dimensional array of any integer type."""
+
+_Field: TypeAlias = bool | int | float | str | bytes | list[_Field] | tuple[_Field, ...] | None
+
+__version__: str
+
+def build_info() -> dict[str, str]:
+    """What this library was built as, for bug reports: version, profile, target, abi3."""
+
+class KVortexError(Exception):
+    """Base of every error of KVortex. A miss is not an error: it is an answer."""
+
+class ConfigError(KVortexError):
+    """A setting is unknown or has a value that cannot work."""
+
+class LayoutError(KVortexError):
+    """Blocks of another size or namespace than the engine holds."""
+
+class InvalidArgumentError(KVortexError):
+    """An argument cannot work; nothing was changed."""
+
+class CapacityError(KVortexError):
+    """Host memory is too small, or cannot be had."""
+
+class ClosedError(KVortexError):
+    """The engine or pool was shut down."""
+
+class ForkedProcessError(KVortexError):
+    """The engine belongs to the parent of this process; create one after the fork."""
+
+class KVortexTimeoutError(KVortexError):
+    """A ticket was not done in time; it stays valid and the copy goes on."""
+
+class UnsupportedError(KVortexError):
+    """Something that KVortex does not do, such as memory on a device."""
+
+class TransferError(KVortexError):
+    """A copy failed; nothing of it is visible."""
+
+class PoolError(KVortexError):
+    """Base of the errors of PinnedHostPool."""
+
+class PoolExhaustedError(PoolError):
+    """The pool has no free run that is long enough."""
+
+class ForeignPointerError(PoolError):
+    """An address that the pool did not give out."""
+
+class DoubleFreeError(PoolError):
+    """An address that was given back already."""
+
+@final
+class KVortexEngine:
+    """Keeps KV blocks of one layout in host memory. Made by ``create``; shared by any number of threads.
+
+    Unless they say otherwise, methods raise ClosedError after ``shutdown``, ForkedProcessError in a forked child, and
+    InvalidArgumentError, with nothing changed, for arguments that cannot work.
+    """
+
+    @classmethod
+    def create(cls, config: KVortexConfig | Mapping[str, object] | None = None, **overrides: object) -> KVortexEngine:
+        """Maps the memory. ``config`` None means the environment; keywords win over it.
+
+        Raises ConfigError for settings that cannot work, CapacityError when the memory is not to be had.
+        """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """Shuts the engine down."""
+
+    def bind(self, block_size_bytes: int, namespace: Namespace | bytes = b"") -> None:
+        """Fixes the bytes of one block and the namespace, which a first save would fix otherwise.
+
+        The same again changes nothing; anything else raises LayoutError. ``namespace`` is a Namespace, its 32-byte
+        digest, or ``b""`` for none; the ``namespace`` text of the configuration is mixed in.
+        """
+
+    def save_blocks(self, keys: _Keys, data: _Blocks) -> Report:
+        """Stores the blocks that are not there yet, block i of ``data`` under key i.
+
+        The GIL is released while bytes are copied; ``data`` must not change meanwhile. Raises LayoutError when a block
+        has other than ``block_size_bytes`` bytes, UnsupportedError for memory on a device, TransferError when a copy
+        failed.
+        """
+
+    @overload
+    def load_blocks(self, keys: _Keys, out: None = None) -> list[Block | None]:
+        """Returns a read-only Block for each key that is there, in place, and None for the others.
+
+        The blocks of one call are leased together until the last of them, and of the arrays made from them, has ended.
+        """
+
+    @overload
+    def load_blocks(self, keys: _Keys, out: _Blocks) -> Report:
+        """Copies the blocks that are there into ``out`` and leaves the rest of it as it is.
+
+        ``out`` must be writable and must not overlap itself. Raises as ``save_blocks`` does.
+        """
+
+    def check_blocks(self, keys: _Keys) -> BlockMask:
+        """Which blocks are there: bit i for key i. Takes no lease and changes no order."""
+
+    def match_prefix(self, keys: _Keys) -> int:
+        """Length of the longest prefix that is there, in blocks."""
+
+    def lease_prefix(self, keys: _Keys) -> Lease:
+        """Leases the longest prefix that is there, so that it is not evicted before it is loaded."""
+
+    def save_blocks_async(self, keys: _Keys, data: _Blocks) -> Ticket:
+        """As ``save_blocks``, but returns at once. ``data`` is kept alive and must stay as it is until it is done."""
+
+    def load_blocks_async(self, keys: _Keys, out: _Blocks) -> Ticket:
+        """As ``load_blocks`` with ``out``, but returns at once. ``out`` is the engine's until the ticket is done."""
+
+    def wait(self, ticket: Ticket, timeout_ms: int | None = None) -> Report:
+        """Waits until a ticket is done, for ever without a timeout; Ctrl-C ends the wait, not the copy.
+
+        Raises KVortexTimeoutError when it is not done in time (it goes on, and can be waited for again), and whatever
+        the save or load failed with. Works after ``shutdown`` too.
+        """
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counters since the engine was created and sizes now. Works after ``shutdown`` too.
+
+        Bytes, bytes per second, microseconds and shares, as the names say: blocks, capacity_blocks, block_size_bytes,
+        bytes_used, cpu_pool_size_bytes, hits, misses, cache_hit_rate, saved_blocks, loaded_blocks, duplicate_blocks,
+        evictions, refused, failed, in_flight, leased_blocks, save_latency_us and load_latency_us (each p50, p90, p99,
+        max and count), save_bandwidth_bytes_per_s, load_bandwidth_bytes_per_s, bytes_saved, bytes_loaded,
+        pool_fragmentation, index_bytes, huge_page_bytes, pinned, num_transfer_streams, eviction_watermark,
+        eviction_ratio.
+        """
+
+    def reset(self) -> int:
+        """Forgets every block and returns how many there were. Leased ones vanish when they are released."""
+
+    def shutdown(self, timeout_ms: int = 5000) -> bool:
+        """Refuses new work, waits for copies in flight and lets the memory go once nothing uses it.
+
+        Returns whether all copies ended in time. Can be called again; also runs at exit.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine was shut down."""
+
+    @property
+    def block_size_bytes(self) -> int | None:
+        """Bytes of one block; None until the first save or ``bind``."""
+
+    @property
+    def capacity_blocks(self) -> int | None:
+        """Blocks that fit; None until the first save or ``bind``."""
+
+@final
+class Segments:
+    """Blocks whose bytes lie in several tensors: block i is t0[i], t1[i], ... one after the other, each in C order.
+
+    Each part is a tensor with a leading block dimension, or a list with one tensor per block.
+    """
+
+    def __new__(cls, tensors: Sequence[_Tensor | Sequence[_Tensor]]) -> Self: ...
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The parts, in the order of a block's bytes."""
+
+    def __len__(self) -> int: ...
+
+@final
+class Report:
+    """What came of a save or load."""
+
+    @property
+    def kind(self) -> str:
+        """ "save" or "load"."""
+
+    @property
+    def mask(self) -> BlockMask:
+        """Save: which blocks are held after the call. Load: which blocks were copied to the caller."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks copied."""
+
+    @property
+    def present(self) -> int:
+        """Save: blocks that were there already."""
+
+    @property
+    def refused(self) -> int:
+        """Save: blocks for which there was no room."""
+
+    @property
+    def missing(self) -> int:
+        """Load: blocks that were not there; their targets are as they were."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes copied."""
+
+    @property
+    def elapsed_us(self) -> float:
+        """From the call to the last byte, in microseconds."""
+
+@final
+class BlockMask:
+    """One bit per key of the call."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: SupportsIndex, /) -> bool: ...
+    def __iter__(self) -> Iterator[bool]: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def count(self) -> int:
+        """Number of ones."""
+
+    def prefix(self) -> int:
+        """Number of ones before the first zero."""
+
+    def all(self) -> bool:
+        """Whether every bit is one; true for no bits."""
+
+    def any(self) -> bool:
+        """Whether some bit is one."""
+
+    def __bytes__(self) -> bytes:
+        """The bits, bit i at i % 8 of byte i // 8."""
+
+    def __int__(self) -> int:
+        """The bits as one number, bit i worth 2**i."""
+
+@final
+class Ticket:
+    """The handle of a save or load that goes on by itself, whether the handle is kept or not."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, well or not."""
+
+    @property
+    def id(self) -> int:
+        """Its number."""
+
+@final
+class Lease:
+    """Blocks that are not evicted until ``release``, the end of a ``with``, or the end of this object."""
+
+    def __len__(self) -> int:
+        """Blocks that were leased, also after the release."""
+
+    def release(self) -> None:
+        """Ends the lease. Doing it again changes nothing."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None: ...
+
+@disjoint_base
+class HostView:
+    """Memory of KVortex on the Python side: one dimension of unsigned bytes, by DLPack or the buffer protocol."""
+
+    def __dlpack__(
+        self,
+        *,
+        stream: object | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A capsule of this memory, without a copy unless ``copy`` is True.
+
+        Only the versioned capsule can say that memory is read-only, so ``max_version`` must be (1, 0) or later; raises
+        BufferError otherwise, and for a stream or another device.
+        """
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Host memory: (1, 0)."""
+
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
+    def __len__(self) -> int: ...
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+
+@final
+class Block(HostView):
+    """A block where it lies in the cache, read-only. It is not evicted while this object, or an array of it, lives.
+
+    DLPack can only tell a consumer that memory is read-only. NumPy obeys; PyTorch does not, and writing into such a
+    tensor would change what the cache gives to others: pass ``copy=True`` to ``from_dlpack`` for memory of your own.
+    """
+
+@final
+class Namespace:
+    """The digest of everything that makes KV bytes incompatible: ``Namespace(model="...", dtype="bf16", layers=32)``.
+
+    The order of the fields does not matter; values of different types differ. Raises InvalidArgumentError for other
+    types, and for ints beyond 64 bits.
+    """
+
+    def __new__(cls, **fields: _Field) -> Self: ...
+    @property
+    def digest(self) -> bytes:
+        """The 32 bytes."""
+
+    def hex(self) -> str:
+        """The digest as 64 hexadecimal digits."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class KeyChain:
+    """Names the blocks of one prompt as its tokens arrive.
+
+    Each key is a SHA-256 over the key before it and the block's tokens, so equal blocks at different places differ.
+    ``extra`` is what the whole request adds to its identity: the digest of a LoRA, a tenant's salt.
+    """
+
+    def __new__(cls, namespace: Namespace | bytes, block_tokens: int = 16, extra: bytes = b"") -> Self: ...
+    def extend(self, tokens: _Tokens, extra: bytes = b"") -> bytes:
+        """Adds token ids and returns the packed keys of the blocks that became full.
+
+        ``extra``, such as the digest of an image, is mixed into exactly those. Raises InvalidArgumentError for an id
+        outside 0 to 2**32 - 1 or more than 2**24 tokens; the chain is then unchanged.
+        """
+
+    @property
+    def keys(self) -> bytes:
+        """The packed keys of all full blocks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens added so far."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block."""
+
+    def __len__(self) -> int:
+        """Number of full blocks."""
+
+    def copy(self) -> KeyChain:
+        """A chain that goes on from here by itself."""
+
+def hash_tokens(namespace: Namespace | bytes, tokens: _Tokens, block_tokens: int = 16, extra: bytes = b"") -> bytes:
+    """The packed keys of all full blocks of a prompt: ``KeyChain(namespace, block_tokens, extra).extend(tokens)``."""
+
+@final
+class PinnedHostPool:
+    """Memory of any size from one region. Best fit; neighbours that are given back grow together."""
+
+    def __new__(cls, capacity_bytes: int, alignment: int = 128) -> Self: ...
+    def allocate(self, nbytes: int) -> PinnedBuffer:
+        """``nbytes`` of memory. Raises PoolExhaustedError when no free run is long enough, ClosedError if closed."""
+
+    def free(self, address: int) -> None:
+        """Gives back the buffer at ``address``.
+
+        Raises ForeignPointerError or DoubleFreeError for any other address; InvalidArgumentError while views exist.
+        """
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes: capacity, used, free, peak, largest_free. Counts: live, allocations, failures. Also fragmentation."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the memory is page-locked: only where there is a GPU."""
+
+    def close(self) -> list[tuple[int, int]]:
+        """Ends allocation and returns what was still allocated: (address, nbytes). Buffers that live on stay valid."""
+
+@final
+class PinnedBuffer(HostView):
+    """Writable memory of a PinnedHostPool. It goes back on ``free``, or when this and all arrays of it have ended."""
+
+    def free(self) -> None:
+        """Gives the memory back now. Raises DoubleFreeError the second time, InvalidArgumentError while views exist."""

@@ -17,7 +17,7 @@ use crate::mask::BlockMask;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
 use crate::tier::host::{SlotClaim, SlotId, SlotPool};
 use batch::{Batch, SHARDS};
-use shard::{Found, Shard};
+use shard::{Found, NOWHERE, Shard};
 
 /// Keys looked at in the first step of a prefix search; every next step looks at four times as many. A miss at the first
 /// key then costs a few lookups, and a hit of thousands locks each shard a handful of times.
@@ -86,9 +86,10 @@ impl<P: Eviction> Index<P> {
         let mut mask = BlockMask::new(keys.len());
         for (shard, probes) in Batch::of(&keys, 0).shards() {
             let shard = self.shards[shard].0.lock();
+            let mut last = NOWHERE;
             for probe in probes {
                 let position = probe.position as usize;
-                if let Found::Ready(_) = shard.find(probe.hash, &keys.get(position)) {
+                if let Found::Ready(_) = shard.find(probe.hash, &keys.get(position), &mut last) {
                     mask.set(position);
                 }
             }
@@ -116,10 +117,10 @@ impl<P: Eviction> Index<P> {
         let mut run = Run { handles: Vec::with_capacity(keys.len()), slots: vec![SlotId(0); keys.len()] };
         for (shard, probes) in Batch::of(&keys, 0).shards() {
             self.change(shard, |locked| {
+                let mut last = NOWHERE;
                 for probe in probes {
-                    let Found::Ready(node) = locked.find(probe.hash, &keys.get(probe.position as usize)) else {
-                        continue;
-                    };
+                    let key = keys.get(probe.position as usize);
+                    let Found::Ready(node) = locked.find(probe.hash, &key, &mut last) else { continue };
                     let Some(slot) = locked.lease(node) else { continue };
                     mask.set(probe.position as usize);
                     run.hold(&Handle { shard: shard as u32, node, rank: probe.position }, slot);
@@ -208,8 +209,9 @@ impl<P: Eviction> Index<P> {
         for (shard, probes) in Batch::of(&keys.slice(window.clone()), window.start).shards() {
             let locked = self.shards[shard].0.lock();
             let below = probes.partition_point(|probe| (probe.position as usize) < cut);
+            let mut last = NOWHERE;
             for probe in &probes[..below] {
-                match locked.find(probe.hash, &keys.get(probe.position as usize)) {
+                match locked.find(probe.hash, &keys.get(probe.position as usize), &mut last) {
                     Found::Ready(node) => found(Handle { shard: shard as u32, node, rank: probe.position }),
                     _ => {
                         cut = probe.position as usize;

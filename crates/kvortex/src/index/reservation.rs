@@ -1,7 +1,7 @@
 //! Blocks on their way in. Ownership is the protocol: a reservation becomes a writing becomes ready blocks, each step
 //! consumes the one before, and dropping any of them gives the blocks up.
 
-use super::{Found, Handle, Index, Shard, batch::Batch};
+use super::{Found, Handle, Index, NOWHERE, Shard, batch::Batch};
 use crate::eviction::{Eviction, Lru, Stamp};
 use crate::key::Keys;
 use crate::lease::Held;
@@ -48,10 +48,11 @@ impl<P: Eviction> Index<P> {
         let (mut handles, mut held) = (Vec::with_capacity(keys.len()), Vec::new());
         for (shard, probes) in Batch::of(&keys, 0).shards() {
             self.change(shard, |locked| {
+                let mut last = NOWHERE;
                 for probe in probes {
                     let position = probe.position as usize;
                     let handle = |node| Handle { shard: shard as u32, node, rank: probe.position };
-                    match locked.find(probe.hash, &keys.get(position)) {
+                    match locked.find(probe.hash, &keys.get(position), &mut last) {
                         Found::Ready(node) => {
                             ready.set(position);
                             locked.lease(node);

@@ -265,3 +265,32 @@ fn area_of(line: &str) -> Option<std::ops::Range<usize>> {
     let (start, end) = line.split_once(' ')?.0.split_once('-')?;
     Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_touched_one_by_one_where_the_system_cannot_fill_them() {
+        let len = 1 << 20;
+        let memory =
+            HostMemory::map(&MapOptions { bytes: len, huge_pages: false, numa_node: None, touch_threads: 0 }).unwrap();
+        write_each_page(memory.addr.as_ptr(), len);
+        let mut pages = vec![0u8; len / 4096];
+        // SAFETY: one byte per page of the mapping.
+        assert_eq!(unsafe { libc::mincore(memory.addr.as_ptr().cast(), len, pages.as_mut_ptr()) }, 0);
+        assert!(pages.iter().all(|page| page & 1 == 1));
+    }
+
+    #[test]
+    fn huge_bytes_are_those_of_the_own_area() {
+        let smaps = "\
+            1000-3000 rw-p 00000000 00:00 0 [heap]\nSize: 8 kB\nAnonHugePages:        4 kB\n\
+            400000-800000 rw-p 00000000 00:00 0 \nSize: 4096 kB\nAnonHugePages:     2048 kB\nVmFlags: rd\n\
+            800000-900000 rw-p 00000000 00:00 0 \nAnonHugePages:     1024 kB\n";
+        assert_eq!(huge_bytes_in(smaps, 0x400000..0x800000), 2 << 20);
+        assert_eq!(huge_bytes_in(smaps, 0x400000..0x900000), 3 << 20);
+        assert_eq!(huge_bytes_in(smaps, 0x500000..0x501000), 4096);
+        assert_eq!(huge_bytes_in("", 0..4096), 0);
+    }
+}

@@ -164,3 +164,108 @@ fn own_path(membership: &str, version: Version) -> Option<&str> {
         wanted.then_some(path)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(path: &str, version: Version) -> Group {
+        Group { path: path.into(), version }
+    }
+
+    #[test]
+    fn groups_of_both_versions_are_found_up_to_the_mount() {
+        let mounts = "\
+            31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+            35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:7 - cgroup cgroup rw,memory\n\
+            36 31 0:33 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
+            41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+        let own = "5:cpu:/other\n4:memory:/a/b\n0::/c\n";
+        let found = groups_in(mounts, own);
+        let one = ["/sys/fs/cgroup/memory/a/b", "/sys/fs/cgroup/memory/a", "/sys/fs/cgroup/memory"];
+        let two = ["/sys/fs/cgroup/unified/c", "/sys/fs/cgroup/unified"];
+        let expected: Vec<Group> = one
+            .iter()
+            .map(|path| group(path, Version::One))
+            .chain(two.iter().map(|path| group(path, Version::Two)))
+            .collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_container_that_mounts_its_own_group_as_root_is_understood() {
+        let mounts = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n";
+        let found = groups_in(mounts, "4:memory:/docker/abc\n");
+        assert_eq!(found, [group("/sys/fs/cgroup/memory", Version::One)]);
+        let found = groups_in(mounts, "4:memory:/docker/abc/inner\n");
+        assert_eq!(found[0], group("/sys/fs/cgroup/memory/inner", Version::One));
+        assert_eq!(groups_in("garbage\n1 2 3 - cgroup\n", "garbage"), []);
+    }
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn with(name: &str, files: &[(&str, &str)]) -> Folder {
+            let path = std::env::temp_dir().join(format!("kvortex-numa-{}-{name}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            files.iter().for_each(|(file, text)| std::fs::write(path.join(file), text).unwrap());
+            Folder(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn limits_of_version_one_count_file_pages_as_free() {
+        let stat = "cache 9\ninactive_file 1\ntotal_inactive_file 300\ntotal_active_file 50\n";
+        let usage = ("memory.usage_in_bytes", "1000\n");
+        let limited = Folder::with("one", &[("memory.limit_in_bytes", "5000\n"), usage, ("memory.stat", stat)]);
+        let found = Group { path: limited.0.clone(), version: Version::One };
+        assert_eq!((found.limit(), found.left()), (Some(5000), Some(5000 - (1000 - 350))));
+        let unlimited = Folder::with("none", &[("memory.limit_in_bytes", "9223372036854771712\n"), usage]);
+        let found = Group { path: unlimited.0.clone(), version: Version::One };
+        assert_eq!((found.limit(), found.left()), (None, None));
+    }
+
+    #[test]
+    fn limits_of_version_two_are_read() {
+        let stat = "anon 5\ninactive_file 300\nactive_file 50\n";
+        let files = [("memory.max", "5000\n"), ("memory.current", "6000\n"), ("memory.stat", stat)];
+        let limited = Folder::with("two", &files);
+        let found = Group { path: limited.0.clone(), version: Version::Two };
+        assert_eq!((found.limit(), found.left()), (Some(5000), Some(0)));
+        let unlimited = Folder::with("max", &[("memory.max", "max\n"), ("memory.current", "6000\n")]);
+        let found = Group { path: unlimited.0.clone(), version: Version::Two };
+        assert_eq!((found.limit(), found.left()), (None, None));
+    }
+
+    #[test]
+    fn lists_and_fields_are_read() {
+        assert_eq!(highest_in("0\n"), Some(0));
+        assert_eq!(highest_in("0-3,8\n"), Some(8));
+        assert_eq!(highest_in("\n"), None);
+        let text = "MemTotal:       24684084 kB\nMemFree: 1 kB\n";
+        assert_eq!(kib_field(text, "MemTotal:"), Some(24684084 * 1024));
+        assert_eq!(kib_field(text, "MemAvailable:"), None);
+    }
+
+    #[test]
+    fn preferring_a_node_works_where_it_is_allowed() {
+        let memory = crate::map::HostMemory::map(&crate::map::MapOptions {
+            bytes: 4096,
+            huge_pages: false,
+            numa_node: None,
+            touch_threads: 0,
+        })
+        .unwrap();
+        if let Err(error) = prefer(memory.addr(), memory.len(), 0) {
+            let allowed = [libc::ENOSYS, libc::EPERM].map(Some);
+            assert!(allowed.contains(&error.raw_os_error()), "{error}");
+        }
+        assert_eq!(prefer(memory.addr(), memory.len(), 1000).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+}

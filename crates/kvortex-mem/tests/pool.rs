@@ -169,6 +169,8 @@ fn free_anywhere(pool: &PinnedHostPool, model: &mut Model, addr: usize) {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn pool_behaves_like_a_map_of_its_bytes(
         alignment in prop::sample::select(vec![8usize, 64, 128, 512]),

@@ -142,6 +142,20 @@ impl Pages {
         Ok(Pages { segments: placed.into(), count, page_bytes: start, overlap: OnceLock::new() })
     }
 
+    /// `count` pages of equal size, one after the other, that fill `region`. Fails if they cannot.
+    pub fn contiguous(region: Region, count: usize) -> Result<Pages, MemError> {
+        let bytes = region.len() / count.max(1);
+        if bytes * count != region.len() {
+            return Err(MemError::PagesMismatch {
+                what: "bytes of the region",
+                expected: bytes * count,
+                actual: region.len(),
+            });
+        }
+        let pattern = Arc::new(Pattern::contiguous(bytes));
+        Pages::new(vec![Segment::Table { region, pattern, first: 0, stride: bytes as isize, count }])
+    }
+
     /// Number of pages.
     pub fn count(&self) -> usize {
         self.count

@@ -251,9 +251,9 @@ impl<P: Eviction> Index<P> {
         self.release(&extra);
     }
 
-    /// Walks the whole index and asserts its invariants.
+    /// Walks the whole index and asserts its invariants, when nobody else uses it.
     #[cfg(any(test, shuttle))]
-    pub(crate) fn validate(&self) {
+    pub fn validate(&self) {
         for (shard, first) in self.shards.iter().zip(&self.first) {
             let shard = shard.0.lock();
             shard.validate();

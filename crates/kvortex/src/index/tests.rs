@@ -347,3 +347,28 @@ fn too_few_slots_leave_the_tail_out() {
     assert_eq!(index.prefix_len(Keys::from_slices(&keys(0..5))), 3);
     index.validate();
 }
+
+/// The formula of docs/architecture.md: a node of 64 bytes, an LRU link of 16 and 5 bytes of table for each place, where
+/// vectors and tables have at most about twice the places that are used.
+#[test]
+fn memory_per_block_follows_the_formula() {
+    let empty = new(1).0.stats().bytes;
+    for blocks in [10_000, 65_536, 100_000, 150_000] {
+        let (index, pool) = new(blocks);
+        store(&index, &pool, 0..blocks as usize);
+        let per_block = (index.stats().bytes - empty) as f64 / f64::from(blocks);
+        assert!((64.0 + 16.0 + 5.0..=2.0 * (64.0 + 16.0) + 5.0 * 16.0 / 7.0).contains(&per_block), "{per_block}");
+    }
+}
+
+#[test]
+fn memory_does_not_grow_with_churn() {
+    let (index, pool) = new(2000);
+    let mut bytes = Vec::new();
+    for round in 0..50 {
+        drop(index.evict(1000));
+        store(&index, &pool, round * 1000..round * 1000 + 1000);
+        bytes.push(index.stats().bytes);
+    }
+    assert!(bytes[49] <= bytes[5] * 11 / 10, "{bytes:?}");
+}

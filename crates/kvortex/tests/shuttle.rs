@@ -1,0 +1,174 @@
+//! Random schedules of the planner and the index. Every slot holds the number of the key whose bytes are in it, written one
+//! yield at a time; whoever holds a lease must read the number of its key, before and after any other thread ran.
+#![cfg(shuttle)]
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use kvortex::Keys;
+use kvortex::eviction::Watermarks;
+use kvortex::planner::Planner;
+use kvortex::tier::host::SlotPool;
+use shuttle::sync::Arc;
+use shuttle::thread;
+
+const SCHEDULES: usize = 1000;
+const TORN: u64 = u64::MAX;
+
+struct World {
+    planner: Planner,
+    slots: SlotPool,
+    bytes: Vec<AtomicU64>,
+}
+
+fn world(slots: u32) -> Arc<World> {
+    let pool = SlotPool::new(slots);
+    let planner = Planner::new(pool.clone(), Watermarks::new(slots as usize, 1.0, 0.0), Default::default());
+    Arc::new(World { planner, slots: pool, bytes: (0..slots).map(|_| AtomicU64::new(0)).collect() })
+}
+
+fn keys(ids: std::ops::Range<u64>) -> Vec<[u8; 32]> {
+    ids.map(|id| {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&id.to_le_bytes());
+        key
+    })
+    .collect()
+}
+
+fn id(key: &[u8; 32]) -> u64 {
+    key[..8].iter().rev().fold(0, |id, &byte| id << 8 | u64::from(byte))
+}
+
+impl World {
+    fn save(&self, run: &[[u8; 32]], succeeds: bool) {
+        let planned = self.planner.plan_store(Keys::from_slices(run));
+        for step in &planned.plan.steps {
+            let bytes = &self.bytes[step.slot.0 as usize];
+            bytes.store(TORN, Relaxed);
+            thread::yield_now();
+            bytes.store(id(&run[step.page as usize]), Relaxed);
+        }
+        self.planner.settle(planned.plan.ticket, succeeds);
+    }
+
+    fn load(&self, run: &[[u8; 32]]) {
+        let (plan, mask) = self.planner.plan_load(Keys::from_slices(run));
+        assert_eq!(plan.steps.len(), mask.count());
+        for _ in 0..2 {
+            for step in &plan.steps {
+                let found = self.bytes[step.slot.0 as usize].load(Relaxed);
+                assert_eq!(found, id(&run[step.page as usize]), "a lease does not keep its bytes");
+            }
+            thread::yield_now();
+        }
+        self.planner.settle(plan.ticket, true);
+    }
+
+    fn lease_prefix(&self, run: &[[u8; 32]]) {
+        let lease = self.planner.index().lease_prefix(Keys::from_slices(run));
+        thread::yield_now();
+        for (key, slot) in run.iter().zip(lease.slots()) {
+            assert_eq!(self.bytes[slot.0 as usize].load(Relaxed), id(key), "a lease does not keep its bytes");
+        }
+    }
+
+    /// After all threads: nothing is in flight, and forgetting everything frees every slot.
+    fn assert_clean(&self) {
+        assert_eq!(self.planner.in_flight(), 0);
+        self.planner.index().validate();
+        let stats = self.planner.index_stats();
+        assert_eq!(stats.leased, 0);
+        assert_eq!(self.slots.total() - self.slots.free(), stats.ready, "a slot leaked");
+        self.planner.index().clear();
+        assert_eq!(self.slots.free(), self.slots.total());
+    }
+}
+
+fn schedules(slots: u32, threads: &'static [fn(&World)]) {
+    let schedules = std::env::var("KVORTEX_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(SCHEDULES);
+    shuttle::check_random(
+        move || {
+            let world = world(slots);
+            let run = |act: &'static fn(&World)| {
+                let world = Arc::clone(&world);
+                thread::spawn(move || act(&world))
+            };
+            let threads: Vec<_> = threads.iter().map(run).collect();
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            world.assert_clean();
+        },
+        schedules,
+    );
+}
+
+#[test]
+fn two_savers_of_one_run_and_a_reader() {
+    schedules(8, &[|w| w.save(&keys(0..4), true), |w| w.save(&keys(2..6), true), |w| w.load(&keys(0..6))]);
+}
+
+#[test]
+fn eviction_against_leases() {
+    schedules(
+        4,
+        &[
+            |w| {
+                w.save(&keys(0..3), true);
+                w.load(&keys(0..3));
+            },
+            |w| w.save(&keys(10..13), true),
+            |w| {
+                w.lease_prefix(&keys(0..3));
+                w.save(&keys(20..22), true);
+                w.load(&keys(20..22));
+            },
+        ],
+    );
+}
+
+#[test]
+fn reset_against_writers_and_readers() {
+    schedules(
+        6,
+        &[
+            |w| {
+                w.save(&keys(0..4), true);
+                w.load(&keys(0..4));
+            },
+            |w| {
+                w.planner.index().clear();
+                w.save(&keys(0..4), true);
+            },
+            |w| w.lease_prefix(&keys(0..4)),
+        ],
+    );
+}
+
+#[test]
+fn failing_saves_against_saves_of_the_same_keys() {
+    schedules(
+        4,
+        &[
+            |w| w.save(&keys(0..3), false),
+            |w| w.save(&keys(1..4), true),
+            |w| {
+                w.load(&keys(0..4));
+                w.planner.index().evict(2);
+            },
+        ],
+    );
+}
+
+#[test]
+fn a_full_pool_under_three_savers() {
+    schedules(
+        3,
+        &[
+            |w| w.save(&keys(0..3), true),
+            |w| w.save(&keys(10..13), true),
+            |w| {
+                w.save(&keys(20..22), true);
+                w.load(&keys(20..22));
+            },
+        ],
+    );
+}

@@ -1,5 +1,9 @@
 //! Identity, lookup, leases and eviction, beside the index that one would write first.
-#![allow(missing_docs, reason = "criterion's macros make public items")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "criterion's macros make public items; a bench that fails should panic"
+)]
 
 use std::hint::black_box;
 use std::sync::Arc;

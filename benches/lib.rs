@@ -61,8 +61,11 @@ pub fn index_of(packed: &[u8]) -> Arc<Index> {
 
 /// What one would write first: a map per shard, one lock taken for each key.
 pub struct LockPerKey {
-    shards: Vec<Mutex<HashMap<[u8; 32], (u32, u32)>>>,
+    shards: Vec<Mutex<Slots>>,
 }
+
+/// Slot and leases by key.
+type Slots = HashMap<[u8; 32], (u32, u32)>;
 
 impl LockPerKey {
     /// Holds `packed`.
@@ -76,7 +79,7 @@ impl LockPerKey {
         this
     }
 
-    fn shard(&self, key: &[u8; 32]) -> &Mutex<HashMap<[u8; 32], (u32, u32)>> {
+    fn shard(&self, key: &[u8; 32]) -> &Mutex<Slots> {
         &self.shards[key[0] as usize % 64]
     }
 

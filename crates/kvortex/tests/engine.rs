@@ -1,4 +1,5 @@
 //! The engine from outside: what it keeps is exact, and what it cannot keep is a miss.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Copies that fail in every way that a copy engine can fail: nothing of them becomes visible and nothing leaks.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 mod common;
 

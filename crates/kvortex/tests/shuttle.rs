@@ -1,6 +1,7 @@
 //! Random schedules of the planner and the index. Every slot holds the number of the key whose bytes are in it, written one
 //! yield at a time; whoever holds a lease must read the number of its key, before and after any other thread ran.
 #![cfg(shuttle)]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

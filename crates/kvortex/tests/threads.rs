@@ -1,4 +1,5 @@
 //! Eight threads that save, load, evict, lease and reset at once: no byte is wrong and nothing is lost.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 mod common;
 

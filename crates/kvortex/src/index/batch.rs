@@ -30,7 +30,7 @@ pub(super) const fn shard_of(hash: u64) -> usize {
 
 /// The part of a hash that is left for the table of a shard.
 pub(super) const fn table_hash(hash: u64) -> u64 {
-    hash >> SHARD_BITS | hash << (64 - SHARD_BITS)
+    hash.rotate_right(SHARD_BITS)
 }
 
 /// One key of a batch.

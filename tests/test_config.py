@@ -206,6 +206,8 @@ def test_the_default_pool_respects_ram_and_the_tightest_control_group(tmp_path):
     (root / "memory/job/memory.limit_in_bytes").write_text("4096\n")
     proc.write_text("7:cpu,memory:/job\n3:cpu:/elsewhere\n")
     assert cgroup_limit(str(proc), str(root)) == 4096
+    (root / "memory/job/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert cgroup_limit(str(proc), str(root)) is None
     assert cgroup_limit(str(tmp_path / "gone"), str(root)) is None
     assert 0 < default_pool_size() <= physical_memory() // 4
 

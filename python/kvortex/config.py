@@ -40,7 +40,8 @@ def _size_of_text(text: str) -> int | None:
     digits = whole + fraction
     if scale is None or not (digits.isascii() and digits.isdigit()):
         return None
-    return int(digits) * scale // 10 ** len(fraction)
+    size: int = int(digits) * scale // 10 ** len(fraction)
+    return size
 
 
 def _parse_count(key: str, value: object, low: int, high: int) -> int:
@@ -103,7 +104,8 @@ def _read_limit(path: str) -> int | None:
             text = file.read().strip()
     except OSError:
         return None
-    return int(text) if text.isdigit() else None
+    # Version 1 says "no limit" as a number that no machine has.
+    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
 
 
 def _cgroup_folders(cgroup: str, root: str) -> list[tuple[str, str]]:

@@ -1,14 +1,19 @@
 """The configuration of an engine: every knob, its unit and its default.
 
 A configuration comes from keywords, a mapping, ``KVORTEX_*`` variables or TOML, and says the same in each. This module
-is imported with the package, so it keeps to what the interpreter has loaded anyway: no dataclasses, no ``re``.
+is imported with the package, so it imports nothing that the interpreter has not loaded anyway: not even ``typing``.
 """
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, NoReturn
 
 from kvortex._core import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import NoReturn
 
 ENV_PREFIX = "KVORTEX_"
 
@@ -146,14 +151,21 @@ def _default_streams() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-class Knob(NamedTuple):
+class Knob:
     """One setting: how a value is read, what it is when unset, and what a reader of the guide is told."""
 
-    parse: Callable[[str, object], object]
-    default: Callable[[], object]
-    default_text: str
-    unit: str
-    meaning: str
+    __slots__ = ("default", "default_text", "meaning", "parse", "unit")
+
+    def __init__(
+        self,
+        parse: Callable[[str, object], object],
+        default: Callable[[], object],
+        default_text: str,
+        unit: str,
+        meaning: str,
+    ) -> None:
+        self.parse, self.default = parse, default
+        self.default_text, self.unit, self.meaning = default_text, unit, meaning
 
 
 KNOBS = {
@@ -250,30 +262,32 @@ class KVortexConfig:
             object.__setattr__(self, name, knob.default() if value is None else knob.parse(name, value))
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, object]) -> "KVortexConfig":
+    def from_dict(cls, mapping: Mapping[str, object]) -> KVortexConfig:
         """From a mapping of knob names to values, such as the extra configuration of a serving engine."""
         return cls(**dict(mapping))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> "KVortexConfig":
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> KVortexConfig:
         """From ``KVORTEX_<KNOB>`` variables; an empty variable counts as unset."""
         return cls(**_env_knobs(os.environ if environ is None else environ))
 
     @classmethod
-    def from_toml(cls, path: "str | os.PathLike[str]") -> "KVortexConfig":
+    def from_toml(cls, path: str | os.PathLike[str]) -> KVortexConfig:
         """From the ``[kvortex]`` table of a TOML file, or from its top level if it has no such table."""
         return cls(**_toml_knobs(os.fspath(path)))
 
     @classmethod
-    def of(cls, value: "KVortexConfig | Mapping[str, object] | None" = None, **overrides: object) -> "KVortexConfig":
+    def of(cls, value: KVortexConfig | Mapping[str, object] | None = None, **overrides: object) -> KVortexConfig:
         """From whatever a caller has: a configuration, a mapping, or None for the environment; overrides win."""
         if value is None:
             return cls(**{**_env_knobs(os.environ), **overrides})
         if isinstance(value, KVortexConfig):
             return cls(**{**value.to_dict(), **overrides}) if overrides else value
-        if isinstance(value, Mapping):
-            return cls(**{**value, **overrides})
-        _bad("config", value, "give a KVortexConfig, a mapping, or None for the environment")
+        try:
+            given = dict(value)
+        except (TypeError, ValueError):
+            _bad("config", value, "give a KVortexConfig, a mapping, or None for the environment")
+        return cls(**{**given, **overrides})
 
     def to_dict(self) -> dict[str, object]:
         """Every knob and its value; ``from_dict`` gives an equal configuration back."""

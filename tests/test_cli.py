@@ -66,6 +66,12 @@ def test_control_c_leaves_quietly(monkeypatch):
     assert cli.main(["info"]) == 130
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    run = f"{sys.executable} -c 'import sys; from kvortex.cli import main; sys.exit(main([\"info\"]))' | true"
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
 def test_the_installed_command_runs():
     run = [sys.executable, "-c", "import sys; from kvortex.cli import main; sys.exit(main(['info']))"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60)

@@ -92,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(chosen).parse_args(words)
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; without this the interpreter would complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (kvortex.KVortexError, OSError, ModuleNotFoundError) as error:
         print(f"kvortex: {_failure(error)}", file=sys.stderr)
         return FAILED

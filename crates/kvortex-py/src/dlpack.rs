@@ -349,25 +349,30 @@ unsafe fn read_i64s<'a>(values: *const i64, count: usize) -> Option<&'a [i64]> {
 }
 
 fn from_view(view: &Bound<'_, PyMemoryView>, name: Name<'_>) -> PyResult<Tensor> {
-    let buffer = PyUntypedBuffer::get(view)?;
+    let py = view.py();
+    let format: String = view.getattr(intern!(py, "format"))?.extract()?;
+    if holds_pointers(format.as_bytes()) {
+        return Err(UnsupportedError::new_err(format!(
+            "{name} holds Python objects or pointers (format {format:?}): only plain data can be kept"
+        )));
+    }
+    let scalar = view.getattr(intern!(py, "ndim"))?.extract::<usize>()? == 0;
+    // A buffer without dimensions has no shape to read, so it is read as its bytes.
+    let bytes = scalar.then(|| view.call_method1(intern!(py, "cast"), ("B",))).transpose();
+    let bytes =
+        bytes.map_err(|_| invalid(format!("{name} is a single item of format {format:?}: give it a dimension")))?;
+    let buffer = PyUntypedBuffer::get(bytes.as_ref().unwrap_or(view))?;
     if buffer.suboffsets().is_some() {
         return Err(UnsupportedError::new_err(format!(
             "{name} is an array of pointers to rows: copy it to one array first"
         )));
     }
-    let format = buffer.format().to_bytes();
-    if holds_pointers(format) {
-        return Err(UnsupportedError::new_err(format!(
-            "{name} holds Python objects or pointers (format {:?}): only plain data can be kept",
-            String::from_utf8_lossy(format)
-        )));
-    }
     let claim = Claim {
         data: buffer.buf_ptr().cast(),
-        itemsize: buffer.item_size(),
-        shape: buffer.shape().to_vec(),
-        strides: buffer.strides().to_vec(),
-        items: items_of(format),
+        itemsize: if scalar { buffer.len_bytes() } else { buffer.item_size() },
+        shape: if scalar { Vec::new() } else { buffer.shape().to_vec() },
+        strides: if scalar { Vec::new() } else { buffer.strides().to_vec() },
+        items: items_of(format.as_bytes()),
         writable: !buffer.readonly(),
     };
     // SAFETY: the buffer protocol promises these items, writable unless it said read-only, while the export lasts; the
@@ -513,6 +518,7 @@ impl HostView {
 impl HostView {
     /// A capsule of this memory, without a copy unless asked for one. Blocks are read-only and say so in the capsule, which
     /// needs a consumer of DLPack 1.0 or later.
+    #[expect(clippy::too_many_arguments, reason = "the signature is DLPack's")]
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__<'py>(
         &self,

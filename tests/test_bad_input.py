@@ -114,7 +114,7 @@ def test_blocks_of_another_size(unchanged, name, blocks, said):
 def test_targets_that_cannot_be_written(unchanged):
     same = np.zeros(BLOCK, np.uint8)
     for out, said in [
-        ([bytes(BLOCK)] * 3, "read-only: give memory that can be written"),
+        ([bytes(BLOCK)] * 3, "is read-only: pass memory that can be written"),
         ([same, same, np.zeros(BLOCK, np.uint8)], "targets 0 and 1 overlap: give each block memory of its own"),
         (list(np.broadcast_to(same, (3, BLOCK))), "read-only"),
     ]:

@@ -51,6 +51,34 @@ def test_both_forms_of_capsules(engine, versioned):
     assert source.asked == ([{"max_version": (1, 0)}] if versioned else [{"max_version": (1, 0)}, {}])
 
 
+def test_an_old_capsule_is_no_target(engine):
+    """It cannot say that its memory must not change; arrays of JAX 0.10 come so, and are constants to their owner."""
+    engine.save_blocks([key_of(1)], [block_of(key_of(1))])
+    target = Producer(np.zeros(BLOCK, np.uint8), versioned=False)
+    with pytest.raises(
+        kvortex.InvalidArgumentError, match=r"out\[0\] is Producer whose DLPack, older than 1.0, cannot say"
+    ):
+        engine.load_blocks([key_of(1)], [target])
+    assert not target.inner.any()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_buffer_protocol_speaks_for_an_old_capsule(engine, writable):
+    class Old(np.ndarray):
+        def __dlpack__(self, **_):
+            return self.view(np.ndarray).copy().__dlpack__() if not writable else super().__dlpack__()
+
+    engine.save_blocks([key_of(1)], [block_of(key_of(1))])
+    target = np.zeros(BLOCK, np.uint8).view(Old)
+    target.setflags(write=writable)
+    if writable:
+        assert engine.load_blocks([key_of(1)], [target]).mask.all()
+    else:
+        with pytest.raises(kvortex.InvalidArgumentError, match="read-only"):
+            engine.load_blocks([key_of(1)], [target])
+    assert target.any() == writable
+
+
 def test_pinned_memory_of_others_is_host_memory(engine):
     array_ = np.zeros(BLOCK, np.uint8)
     engine.save_blocks([key_of(1)], [Producer(array_, device=(CUDA_HOST, 0))])
@@ -215,7 +243,7 @@ def read_only(array_):
 def test_read_only_targets_are_refused(engine, target):
     engine.save_blocks([key_of(1)], [block_of(key_of(1))])
     before = engine.get_stats()
-    with pytest.raises(kvortex.InvalidArgumentError, match="read-only: give memory that can be written"):
+    with pytest.raises(kvortex.InvalidArgumentError, match=r"out\[0\] is read-only: pass memory that can be written"):
         engine.load_blocks([key_of(1)], [target])
     assert engine.get_stats() == before
 

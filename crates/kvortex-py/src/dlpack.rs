@@ -24,7 +24,7 @@ use pyo3::exceptions::{PyBufferError, PyException, PyTypeError};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyCapsuleMethods, PyDict, PyMemoryView};
+use pyo3::types::{PyBool, PyCapsule, PyCapsuleMethods, PyDict, PyMemoryView};
 
 use crate::errors::{UnsupportedError, entry, invalid};
 use crate::keys::kind_of;
@@ -104,7 +104,17 @@ pub(crate) struct Tensor {
     pub(crate) itemsize: usize,
     pub(crate) shape: Vec<usize>,
     pub(crate) strides: Vec<isize>,
-    pub(crate) items: Items,
+    pub(crate) kind: Items,
+    pub(crate) access: Access,
+}
+
+/// What a producer says about writing into its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Writable,
+    ReadOnly,
+    /// A capsule from before DLPack 1.0 cannot say it. Arrays of JAX come so, and must never change.
+    Unsaid,
 }
 
 /// What a producer said, before it is believed.
@@ -113,8 +123,8 @@ struct Claim {
     itemsize: usize,
     shape: Vec<usize>,
     strides: Vec<isize>,
-    items: Items,
-    writable: bool,
+    kind: Items,
+    access: Access,
 }
 
 /// Which argument of a call is meant, for messages.
@@ -148,7 +158,7 @@ impl Tensor {
         if let Some(export) = object.getattr_opt(intern!(py, "__dlpack__"))? {
             check_device(object, name)?;
             match export_capsule(&export) {
-                Ok(capsule) => return from_capsule(&capsule, name),
+                Ok(capsule) => return from_capsule(object, &capsule, name),
                 Err(error) if error.is_instance_of::<PyException>(py) => refusal = Some(error),
                 Err(error) => return Err(error),
             }
@@ -159,23 +169,17 @@ impl Tensor {
         }
     }
 
-    /// The items of an array of one dimension, one after the other.
-    pub(crate) fn items_in_order(&self) -> Vec<u8> {
-        let (count, stride) = (self.shape[0], self.strides[0]);
-        let mut out = vec![0_u8; count * self.itemsize];
-        let first = (self.region.addr() as *const u8).wrapping_offset(self.origin);
-        if stride == self.itemsize as isize {
-            // SAFETY: every item lies in the region, which is alive; `out` is new and as long as all items.
-            unsafe { ptr::copy_nonoverlapping(first, out.as_mut_ptr(), out.len()) };
-            return out;
-        }
-        for (i, item) in out.chunks_exact_mut(self.itemsize).enumerate() {
-            // SAFETY: as above, for one item; the product is in bounds because the last item is.
-            unsafe {
-                ptr::copy_nonoverlapping(first.wrapping_offset(i as isize * stride), item.as_mut_ptr(), item.len())
-            };
-        }
-        out
+    /// The items of an array of one dimension, in order; none unless they have `N` bytes.
+    pub(crate) fn items<const N: usize>(&self) -> impl ExactSizeIterator<Item = [u8; N]> + '_ {
+        let (count, stride) = match (self.shape.as_slice(), self.strides.as_slice()) {
+            (&[count], &[stride]) if self.itemsize == N => (count, stride),
+            _ => (0, 0),
+        };
+        let first = (self.region.addr() as *const [u8; N]).wrapping_byte_offset(self.origin);
+        (0..count).map(move |i| {
+            // SAFETY: every item lies in the region, which is alive; bytes need no alignment.
+            unsafe { ptr::read(first.wrapping_byte_offset(i as isize * stride)) }
+        })
     }
 
     /// Believes `claim`: `keeper` keeps its memory in place.
@@ -193,9 +197,9 @@ impl Tensor {
         };
         // SAFETY: the extent covers exactly the items of the claim, which the caller vouches for; a `Py` may be dropped on any
         // thread.
-        let region = unsafe { Region::from_raw(base, extent.len, claim.writable, Box::new(keeper)) };
-        let Claim { itemsize, shape, strides, items, .. } = claim;
-        Ok(Self { region, origin: -extent.start, itemsize, shape, strides, items })
+        let region = unsafe { Region::from_raw(base, extent.len, claim.access == Access::Writable, Box::new(keeper)) };
+        let Claim { itemsize, shape, strides, kind, access, .. } = claim;
+        Ok(Self { region, origin: -extent.start, itemsize, shape, strides, kind, access })
     }
 }
 
@@ -225,7 +229,12 @@ fn compact_strides(itemsize: usize, shape: &[usize]) -> Option<Vec<isize>> {
 
 /// Refuses memory of a device before it is asked for, so that no device is waited for.
 fn check_device(object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<()> {
-    let Some(device) = object.getattr_opt(intern!(object.py(), "__dlpack_device__"))? else { return Ok(()) };
+    let py = object.py();
+    // Tensors of torch say this a hundred times faster. The capsule has the last word anyway.
+    if object.getattr_opt(intern!(py, "is_cpu"))?.is_some_and(|is_cpu| is_cpu.is(PyBool::new(py, true))) {
+        return Ok(());
+    }
+    let Some(device) = object.getattr_opt(intern!(py, "__dlpack_device__"))? else { return Ok(()) };
     let (kind, id): (i32, i32) = match device.call0().and_then(|device| device.extract()) {
         Ok(device) => device,
         Err(error) => return Err(refused(object, name, Some(error))),
@@ -278,8 +287,8 @@ fn refused(object: &Bound<'_, PyAny>, name: Name<'_>, refusal: Option<PyErr>) ->
     error
 }
 
-fn from_capsule(capsule: &Bound<'_, PyCapsule>, name: Name<'_>) -> PyResult<Tensor> {
-    let (tensor, writable) = if let Ok(versioned) = capsule.pointer_checked(Some(VERSIONED)) {
+fn from_capsule(object: &Bound<'_, PyAny>, capsule: &Bound<'_, PyCapsule>, name: Name<'_>) -> PyResult<Tensor> {
+    let (tensor, access) = if let Ok(versioned) = capsule.pointer_checked(Some(VERSIONED)) {
         // SAFETY: the name says what the capsule holds; the version, which is read first, is there in every version.
         let major = unsafe { ptr::read(versioned.as_ptr().cast::<u32>()) };
         if major != MAJOR {
@@ -289,24 +298,32 @@ fn from_capsule(capsule: &Bound<'_, PyCapsule>, name: Name<'_>) -> PyResult<Tens
         }
         // SAFETY: DLPack 1 fixes the layout; the capsule is held by the caller, so its contents are there.
         let versioned = unsafe { versioned.cast::<DlVersioned>().as_ref() };
-        (&versioned.tensor, versioned.flags & FLAG_READ_ONLY == 0)
+        let read_only = versioned.flags & FLAG_READ_ONLY != 0;
+        (&versioned.tensor, if read_only { Access::ReadOnly } else { Access::Writable })
     } else {
         let legacy = capsule.pointer_checked(Some(LEGACY)).map_err(|_| {
             invalid(format!("{name} gave a capsule that is no fresh DLPack tensor: it was used before"))
         })?;
         // SAFETY: the name says what the capsule holds.
-        (unsafe { &legacy.cast::<DlLegacy>().as_ref().tensor }, true)
+        (unsafe { &legacy.cast::<DlLegacy>().as_ref().tensor }, access_by_buffer(object))
     };
     host_only(tensor.device, name)?;
     // SAFETY: as above: what DLPack says of shape and strides holds for this tensor.
-    let claim = unsafe { read_claim(tensor, writable, name) }?;
+    let claim = unsafe { read_claim(tensor, access, name) }?;
     // SAFETY: DLPack promises these items, writable unless flagged, until the deleter runs, which the capsule does at its end.
     unsafe { Tensor::believe(claim, capsule.clone().into_any().unbind(), name) }
 }
 
+/// What the buffer protocol says of an object whose capsule cannot.
+fn access_by_buffer(object: &Bound<'_, PyAny>) -> Access {
+    let Ok(view) = PyMemoryView::from(object) else { return Access::Unsaid };
+    let readonly = view.getattr(intern!(object.py(), "readonly")).and_then(|readonly| readonly.is_truthy());
+    if readonly.unwrap_or(true) { Access::ReadOnly } else { Access::Writable }
+}
+
 /// # Safety
 /// `shape` and `strides` must be null or have `ndim` values.
-unsafe fn read_claim(tensor: &DlTensor, writable: bool, name: Name<'_>) -> PyResult<Claim> {
+unsafe fn read_claim(tensor: &DlTensor, access: Access, name: Name<'_>) -> PyResult<Claim> {
     let DlType { code, bits, lanes } = tensor.dtype;
     let bits = usize::from(bits) * usize::from(lanes);
     if code == CODE_HANDLE || bits == 0 || bits % 8 != 0 {
@@ -327,14 +344,14 @@ unsafe fn read_claim(tensor: &DlTensor, writable: bool, name: Name<'_>) -> PyRes
         None => compact_strides(itemsize, &shape),
     };
     let strides = strides.ok_or_else(|| invalid(format!("{name} has strides beyond any address")))?;
-    let items = match code {
+    let kind = match code {
         CODE_INT if lanes == 1 => Items::Signed,
         CODE_UINT if lanes == 1 => Items::Unsigned,
         _ => Items::Other,
     };
     let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
     let data = if tensor.data.is_null() { ptr::null_mut() } else { data };
-    Ok(Claim { data, itemsize, shape, strides, items, writable })
+    Ok(Claim { data, itemsize, shape, strides, kind, access })
 }
 
 fn scale(stride: i64, itemsize: usize) -> Option<isize> {
@@ -372,8 +389,8 @@ fn from_view(view: &Bound<'_, PyMemoryView>, name: Name<'_>) -> PyResult<Tensor>
         itemsize: if scalar { buffer.len_bytes() } else { buffer.item_size() },
         shape: if scalar { Vec::new() } else { buffer.shape().to_vec() },
         strides: if scalar { Vec::new() } else { buffer.strides().to_vec() },
-        items: items_of(format.as_bytes()),
-        writable: !buffer.readonly(),
+        kind: items_of(format.as_bytes()),
+        access: if buffer.readonly() { Access::ReadOnly } else { Access::Writable },
     };
     // SAFETY: the buffer protocol promises these items, writable unless it said read-only, while the export lasts; the
     // memoryview holds the export and nobody else can release it.
@@ -537,7 +554,7 @@ impl HostView {
             }
             if max_version.is_none_or(|(major, _)| major < MAJOR) {
                 return Err(PyBufferError::new_err(
-                    "only the versioned capsule can say that memory is read-only: pass max_version=(1, 0)",
+                    "only a capsule of DLPack 1 can say that memory is read-only: pass max_version=(1, 0), or use numpy.from_dlpack",
                 ));
             }
             let lent = self.place.lent()?;

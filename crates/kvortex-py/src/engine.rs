@@ -15,7 +15,7 @@ use crate::identity::namespace;
 use crate::keys::PackedKeys;
 use crate::logs;
 use crate::number::whole;
-use crate::tensors::pages;
+use crate::tensors::{sources, targets};
 
 /// How long copies in flight may take at the end of the process.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -97,7 +97,7 @@ impl PyEngine {
     fn save_blocks(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<PyReport> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = pages(data, keys.len(), "data")?;
+            let pages = sources(data, keys.len())?;
             PyReport::new(py, self.call(py, |engine| engine.save(keys.keys(), pages))?)
         })
     }
@@ -118,7 +118,7 @@ impl PyEngine {
                 let (leased, mask) = self.call(py, |engine| engine.lease_each(keys.keys()))?;
                 return Ok(blocks(py, leased, &mask)?.into_any());
             };
-            let pages = pages(out, keys.len(), "out")?;
+            let pages = targets(out, keys.len())?;
             let report = self.call(py, |engine| engine.load(keys.keys(), pages))?;
             PyReport::new(py, report)?.into_bound_py_any(py)
         })
@@ -157,7 +157,7 @@ impl PyEngine {
     ) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = pages(data, keys.len(), "data")?;
+            let pages = sources(data, keys.len())?;
             self.call(py, |engine| engine.save_async(keys.keys(), pages)).map(PyTicket)
         })
     }
@@ -166,7 +166,7 @@ impl PyEngine {
     fn load_blocks_async(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = pages(out, keys.len(), "out")?;
+            let pages = targets(out, keys.len())?;
             self.call(py, |engine| engine.load_async(keys.keys(), pages)).map(PyTicket)
         })
     }

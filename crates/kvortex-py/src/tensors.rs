@@ -7,7 +7,7 @@ use kvortex_mem::span::{Pages, Pattern, Piece, Segment};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use crate::dlpack::{Name, Tensor};
+use crate::dlpack::{Access, Name, Tensor};
 use crate::errors::invalid;
 use crate::keys::kind_of;
 
@@ -42,29 +42,87 @@ impl Segments {
     }
 }
 
-/// Reads `blocks` as `count` pages. `name` is the argument's name, for messages.
-pub(crate) fn pages(blocks: &Bound<'_, PyAny>, count: usize, name: &str) -> PyResult<Pages> {
-    let segments = match blocks.cast::<Segments>() {
-        Ok(parts) => {
-            let parts = parts.get().tensors.bind(blocks.py());
-            let named = parts.iter().enumerate();
-            named
-                .map(|(i, part)| segment(&part, count, &format!("{name}.tensors[{i}]")))
-                .collect::<PyResult<Vec<_>>>()?
-        }
-        Err(_) => vec![segment(blocks, count, name)?],
-    };
-    Pages::new(segments).map_err(|error| invalid(format!("{name}: {error}")))
+/// Reads `data` as `count` pages that are only read.
+pub(crate) fn sources(data: &Bound<'_, PyAny>, count: usize) -> PyResult<Pages> {
+    Wanted { count, written: false }.pages(data, "data")
 }
 
-fn segment(part: &Bound<'_, PyAny>, count: usize, name: &str) -> PyResult<Segment> {
-    match sequence(part) {
-        Some(items) if items.len() == count => list(&items, name),
-        Some(items) => Err(invalid(format!(
-            "{name} has {} tensors for {count} keys: pass one for each key, or one tensor with a leading block dimension",
-            items.len()
-        ))),
-        None => table(Tensor::import(part, Name::Whole(name))?, count, name),
+/// Reads `out` as `count` pages that are written.
+pub(crate) fn targets(out: &Bound<'_, PyAny>, count: usize) -> PyResult<Pages> {
+    Wanted { count, written: true }.pages(out, "out")
+}
+
+/// What an argument must be. The name that goes with it is for messages.
+#[derive(Clone, Copy)]
+struct Wanted {
+    count: usize,
+    written: bool,
+}
+
+impl Wanted {
+    fn pages(self, blocks: &Bound<'_, PyAny>, name: &str) -> PyResult<Pages> {
+        let segments = match blocks.cast::<Segments>() {
+            Ok(parts) => {
+                let parts = parts.get().tensors.bind(blocks.py()).iter().enumerate();
+                parts.map(|(i, part)| self.segment(&part, &format!("{name}.tensors[{i}]"))).collect::<PyResult<_>>()?
+            }
+            Err(_) => vec![self.segment(blocks, name)?],
+        };
+        Pages::new(segments).map_err(|error| invalid(format!("{name}: {error}")))
+    }
+
+    fn segment(self, part: &Bound<'_, PyAny>, name: &str) -> PyResult<Segment> {
+        let count = self.count;
+        match sequence(part) {
+            Some(items) if items.len() == count => self.list(&items, name),
+            Some(items) => Err(invalid(format!(
+                "{name} has {} tensors for {count} keys: pass one for each key, or one tensor with a leading block dimension",
+                items.len()
+            ))),
+            None => self.table(part, Name::Whole(name)),
+        }
+    }
+
+    fn table(self, part: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<Segment> {
+        let (tensor, count) = (self.tensor(part, name)?, self.count);
+        if tensor.shape.first() != Some(&count) {
+            return Err(invalid(format!(
+                "{name} has shape {:?} for {count} keys: the leading dimension must be {count}, one block for each key",
+                tensor.shape
+            )));
+        }
+        let pattern = pattern(&tensor, 1, name)?;
+        Ok(Segment::Table { pattern, first: tensor.origin, stride: tensor.strides[0], count, region: tensor.region })
+    }
+
+    /// One tensor per block. Blocks of one form, which is the rule, share one pattern.
+    fn list(self, items: &[Bound<'_, PyAny>], name: &str) -> PyResult<Segment> {
+        let mut pieces: Vec<Piece> = Vec::with_capacity(items.len());
+        let mut last: Option<(Form, Arc<Pattern>)> = None;
+        for (i, item) in items.iter().enumerate() {
+            let name = Name::Item(name, i);
+            let tensor = self.tensor(item, name)?;
+            let pattern = match &last {
+                Some((form, pattern)) if form.fits(&tensor) => pattern.clone(),
+                _ => last.insert((Form::of(&tensor), pattern(&tensor, 0, name)?)).1.clone(),
+            };
+            pieces.push(Piece { region: tensor.region, offset: tensor.origin, pattern });
+        }
+        Ok(Segment::List(pieces))
+    }
+
+    fn tensor(self, object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<Tensor> {
+        let tensor = Tensor::import(object, name)?;
+        match tensor.access {
+            Access::ReadOnly if self.written => {
+                Err(invalid(format!("{name} is read-only: pass memory that can be written")))
+            }
+            Access::Unsaid if self.written => Err(invalid(format!(
+                "{name} is {} whose DLPack, older than 1.0, cannot say whether it may be written: pass a numpy or torch array",
+                kind_of(object)
+            ))),
+            _ => Ok(tensor),
+        }
     }
 }
 
@@ -76,38 +134,18 @@ fn sequence<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
     }
 }
 
-fn table(tensor: Tensor, count: usize, name: &str) -> PyResult<Segment> {
-    if tensor.shape.first() != Some(&count) {
-        return Err(invalid(format!(
-            "{name} has shape {:?} for {count} keys: the leading dimension must be {count}, one block for each key",
-            tensor.shape
-        )));
-    }
-    let pattern = pattern(&tensor, 1, Name::Whole(name))?;
-    Ok(Segment::Table { pattern, first: tensor.origin, stride: tensor.strides[0], count, region: tensor.region })
-}
+/// Item size, shape and strides: what a pattern follows from.
+struct Form(usize, Vec<usize>, Vec<isize>);
 
-/// One tensor per block. Blocks of one form, which is the rule, share one pattern.
-fn list(items: &[Bound<'_, PyAny>], name: &str) -> PyResult<Segment> {
-    let mut pieces: Vec<Piece> = Vec::with_capacity(items.len());
-    let mut last: Option<(Form, Arc<Pattern>)> = None;
-    for (i, item) in items.iter().enumerate() {
-        let name = Name::Item(name, i);
-        let tensor = Tensor::import(item, name)?;
-        let form = (tensor.itemsize, tensor.shape.clone(), tensor.strides.clone());
-        let shared = last.take().filter(|(known, _)| *known == form);
-        let shared = match shared {
-            Some((_, pattern)) => pattern,
-            None => pattern(&tensor, 0, name)?,
-        };
-        pieces.push(Piece { region: tensor.region, offset: tensor.origin, pattern: shared.clone() });
-        last = Some((form, shared));
+impl Form {
+    fn of(tensor: &Tensor) -> Self {
+        Self(tensor.itemsize, tensor.shape.clone(), tensor.strides.clone())
     }
-    Ok(Segment::List(pieces))
-}
 
-/// Item size, shape and strides.
-type Form = (usize, Vec<usize>, Vec<isize>);
+    fn fits(&self, tensor: &Tensor) -> bool {
+        self.0 == tensor.itemsize && self.1 == tensor.shape && self.2 == tensor.strides
+    }
+}
 
 /// The fragments of one block: dimensions from `outer` on.
 fn pattern(tensor: &Tensor, outer: usize, name: Name<'_>) -> PyResult<Arc<Pattern>> {

@@ -33,7 +33,7 @@ impl Tokens {
             )));
         };
         check_count(count)?;
-        if array.items == Items::Other || ![1, 2, 4, 8].contains(&array.itemsize) {
+        if array.kind == Items::Other || ![1, 2, 4, 8].contains(&array.itemsize) {
             return Err(invalid(format!("tokens is {} of no integer type: pass ids as integers", kind_of(tokens))));
         }
         Ok(Self::Array(array))
@@ -72,24 +72,29 @@ fn out_of_range(i: usize, id: &str) -> String {
 }
 
 fn read(array: &Tensor) -> Result<Vec<u32>, String> {
-    let bytes = array.items_in_order();
-    let signed = array.items == Items::Signed;
+    let signed = array.kind == Items::Signed;
     match (array.itemsize, signed) {
-        (1, true) => convert(&bytes, i8::from_ne_bytes),
-        (1, false) => convert(&bytes, u8::from_ne_bytes),
-        (2, true) => convert(&bytes, i16::from_ne_bytes),
-        (2, false) => convert(&bytes, u16::from_ne_bytes),
-        (4, true) => convert(&bytes, i32::from_ne_bytes),
-        (4, false) => convert(&bytes, u32::from_ne_bytes),
-        (_, true) => convert(&bytes, i64::from_ne_bytes),
-        (_, false) => convert(&bytes, u64::from_ne_bytes),
+        (1, true) => convert(array, |item| i8::from_ne_bytes(item).into()),
+        (1, false) => convert(array, |item| u8::from_ne_bytes(item).into()),
+        (2, true) => convert(array, |item| i16::from_ne_bytes(item).into()),
+        (2, false) => convert(array, |item| u16::from_ne_bytes(item).into()),
+        (4, true) => convert(array, |item| i32::from_ne_bytes(item).into()),
+        (4, false) => convert(array, |item| u32::from_ne_bytes(item).into()),
+        // Of 64 bits, signed or not, the upper 32 must be 0.
+        _ => convert(array, i64::from_ne_bytes),
     }
 }
 
-fn convert<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Result<Vec<u32>, String>
-where
-    T: TryInto<u32> + Copy + std::fmt::Display,
-{
-    let ids = bytes.as_chunks::<N>().0.iter().map(|&item| read(item)).enumerate();
-    ids.map(|(i, id)| id.try_into().map_err(|_| out_of_range(i, &id.to_string()))).collect()
+/// Reads first and looks for ids out of range afterwards: they show in the upper 32 bits.
+fn convert<const N: usize>(array: &Tensor, read: impl Fn([u8; N]) -> i64 + Copy) -> Result<Vec<u32>, String> {
+    let mut seen = 0;
+    let ids = array.items().map(read).inspect(|&id| seen |= id).map(|id| id as u32).collect();
+    if seen >> u32::BITS == 0 {
+        return Ok(ids);
+    }
+    let first = array.items().map(read).enumerate().find(|&(_, id)| id >> u32::BITS != 0);
+    // An array that changes meanwhile may look right the second time.
+    let (i, id) = first.unwrap_or_default();
+    let shown = if array.kind == Items::Signed { id.to_string() } else { (id as u64).to_string() };
+    Err(out_of_range(i, &shown))
 }

@@ -1,0 +1,154 @@
+"""Plant known defects, one at a time, in a copy of the tree: each must turn a test red.
+
+A defect is a text that stands exactly once in a file, and what takes its place. When the code moves on and the text is
+gone, plant the defect anew here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Defect(NamedTuple):
+    title: str
+    file: str
+    right: str
+    wrong: str
+
+    @property
+    def package(self) -> str:
+        return self.file.split("/")[1]
+
+
+DEFECTS = [
+    Defect(
+        "a failed copy becomes visible",
+        "crates/kvortex/src/planner.rs",
+        "if succeeded =>",
+        "if succeeded || true =>",
+    ),
+    Defect(
+        "a lease ends at once",
+        "crates/kvortex/src/index/mod.rs",
+        "        Lease::new(Held::new(Arc::clone(self), run.handles), run.slots)\n",
+        "        self.release(&run.handles);\n        Lease::new(Held::new(Arc::clone(self), Vec::new()), run.slots)\n",
+    ),
+    Defect(
+        "the head of a prefix goes before its tail",
+        "crates/kvortex/src/index/reservation.rs",
+        "locked.publish(handle.node, claim, newest - Stamp::from(handle.rank))",
+        "locked.publish(handle.node, claim, newest + Stamp::from(handle.rank))",
+    ),
+    Defect(
+        "the same tokens have the same key wherever they stand",
+        "crates/kvortex/src/key.rs",
+        "message.set(0, &key);\n        self.keys.extend_from_slice(&key);",
+        "self.keys.extend_from_slice(&key);",
+    ),
+    Defect(
+        "targets that overlap are written",
+        "crates/kvortex/src/engine.rs",
+        "match pages.first_overlap() {",
+        "match None::<(usize, usize)> {",
+    ),
+    Defect(
+        "a slot is given back twice",
+        "crates/kvortex-mem/src/slots.rs",
+        "claim.pool = None;",
+        "",
+    ),
+    Defect(
+        "the end of a transfer is not copied",
+        "crates/kvortex-mem/src/copy/job.rs",
+        "(index < self.cut.grains).then",
+        "(index + 1 < self.cut.grains.max(2)).then",
+    ),
+    Defect(
+        "memory is still held when its copy is reported",
+        "crates/kvortex-mem/src/copy/job.rs",
+        "let transfer = self.transfer.lock().take();",
+        "let transfer = self.transfer.lock().clone();",
+    ),
+    Defect(
+        "free neighbours are not joined",
+        "crates/kvortex-mem/src/pool.rs",
+        "self.free.get(&end)",
+        "self.free.get(&usize::MAX)",
+    ),
+    Defect(
+        "a double free is taken for a foreign pointer",
+        "crates/kvortex-mem/src/pool.rs",
+        "self.freed.insert(offset);",
+        "",
+    ),
+]
+
+
+def copy_tree(target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def failures(tree: Path, package: str) -> list[str]:
+    """Names of the tests that fail; a test that hangs or does not compile counts too."""
+    # A defect may loop and allocate without end.
+    command = [
+        "prlimit",
+        "--as=8589934592",
+        "cargo",
+        "test",
+        "-q",
+        "--locked",
+        "--no-fail-fast",
+        "-p",
+        package,
+        "--lib",
+        "--tests",
+    ]
+    environment = os.environ | {"CARGO_TARGET_DIR": str(tree.parent / "target")}
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return ["(it hung)"]
+    named = sorted(set(re.findall(r"^    (\S+)$", done.stdout.partition("failures:")[2], re.MULTILINE)))
+    return named or (["(it ended badly)"] if done.returncode else [])
+
+
+def plant(tree: Path, defect: Defect) -> list[str]:
+    file = tree / defect.file
+    right = file.read_text(encoding="utf-8")
+    if right.count(defect.right) != 1:
+        sys.exit(f"{defect.file} has {right.count(defect.right)} times {defect.right!r}, not once: {defect.title}")
+    file.write_text(right.replace(defect.right, defect.wrong), encoding="utf-8")
+    try:
+        return failures(tree, defect.package)
+    finally:
+        file.write_text(right, encoding="utf-8")
+
+
+def main() -> int:
+    tree = copy_tree(Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "mutants/tree")
+    for package in sorted({defect.package for defect in DEFECTS}):
+        if red := failures(tree, package):
+            sys.exit(f"{package} is red without any defect: {', '.join(red)}")
+    survivors = 0
+    for defect in DEFECTS:
+        red = plant(tree, defect)
+        survivors += not red
+        print(f"{defect.title}: {', '.join(red[:3]) or 'NOBODY NOTICED'}{' ...' if len(red) > 3 else ''}", flush=True)
+    print(f"{len(DEFECTS) - survivors} of {len(DEFECTS)} defects noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,8 @@ def _look(model: _Model, own_hook: int) -> _Seen:
     training = False
     for path, module in model.named_modules():
         training |= module.training
-        facts.append((path, type(module).__qualname__, _plain_attributes(module), _hooks(module, own_hook)))
+        kind = type(module).__module__, type(module).__qualname__
+        facts.append((path, kind, _plain_attributes(module), _hooks(module, own_hook)))
         tensors.update(_tensors_of(path, module))
     facts += [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
     return _Seen(tensors, tuple(facts), training)
@@ -149,15 +150,15 @@ class ModelIdentity:
         """The Namespace of the model as it is now; None in training mode, where dropout makes KV random."""
         with self._lock:
             seen = _look(self._model, self._own_hook)
-            if seen.training:
-                return None
             facts_moved = seen.facts != self._facts
             if facts_moved:
                 refuse_model(self._model, seen.tensors)
+            if seen.training:
+                return None
+            if facts_moved:
                 self.segments = probe(self._model)
-                self._facts = seen.facts
-            if self._renew_digests(seen.tensors) or facts_moved or self._namespace is None:
-                self._namespace = self._compose(seen)
+            if self._renew_digests(seen.tensors) or facts_moved:
+                self._namespace, self._facts = self._compose(seen), seen.facts
             return self._namespace
 
     def forget(self) -> None:

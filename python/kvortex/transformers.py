@@ -79,7 +79,7 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Stats:
-    """The last generate that went through the cache, the sum over all of them, and how many they were."""
+    """The last generate (all zeros for one that passed by the cache), and the sum and number of those that did not."""
 
     last: Reuse = Reuse()
     total: Reuse = Reuse()
@@ -192,13 +192,17 @@ class Attachment:
         """`model.generate`, with the cached prefix of its prompts not computed again."""
         call = self._admit(args, kwargs)
         if call is None:
+            self._count(Reuse(), 0)
             return self.plain_generate(*args, **kwargs)
         with self._entered(call):
             result = self.plain_generate(*args, **kwargs)
         self._store(call, getattr(result, "sequences", result))
-        with self._lock:
-            self._stats = Stats(call.reuse, self._stats.total + call.reuse, self._stats.calls + 1)
+        self._count(call.reuse, 1)
         return result
+
+    def _count(self, reuse: Reuse, calls: int) -> None:
+        with self._lock:
+            self._stats = Stats(reuse, self._stats.total + reuse, self._stats.calls + calls)
 
     def _prepare(self) -> Namespace | None:
         """The model's Namespace now, its blocks fitting the engine; None in training mode, which has neither."""
@@ -232,12 +236,15 @@ class Attachment:
 
     def _usable(self) -> Namespace | None:
         try:
-            return self._prepare()
+            namespace = self._prepare()
         except UnsupportedError:
             raise
         except KVortexError as error:
             self._warn("reused or stored", error)
             return None
+        if namespace is None:
+            self._warn("reused or stored", "the model is in training mode: call model.eval()")
+        return namespace
 
     @contextmanager
     def _entered(self, call: _Call) -> Iterator[None]:
@@ -357,7 +364,7 @@ class Attachment:
         if report.refused:
             raise KVortexError(f"the pool had no room for {report.refused} of {new} blocks")
 
-    def _warn(self, undone: str, error: Exception) -> None:
+    def _warn(self, undone: str, error: object) -> None:
         """Say once per kind what could not be done; generation goes on without it."""
         if undone not in self._warned:
             self._warned.add(undone)

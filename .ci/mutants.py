@@ -120,7 +120,7 @@ def failures(tree: Path, package: str) -> list[str]:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
         return ["(it hung)"]
-    named = sorted(set(re.findall(r"^    (\S+)$", done.stdout.partition("failures:")[2], re.MULTILINE)))
+    named = sorted(set(re.findall(r"^    ([a-z_][\w:]*)$", done.stdout.partition("failures:")[2], re.MULTILINE)))
     return named or (["(it ended badly)"] if done.returncode else [])
 
 

@@ -149,7 +149,12 @@ def test_bad_block_sizes(make_engine, size):
 
 def test_one_block_larger_than_the_pool(make_engine):
     engine = make_engine("1MiB")
-    for call in (lambda: engine.save_blocks(KEYS[:1], np.zeros((1, 2 << 20), np.uint8)), lambda: engine.bind(2 << 20)):
+    for call in (
+        lambda: engine.save_blocks(KEYS[:1], np.zeros((1, 2 << 20), np.uint8)),
+        lambda: engine.bind(2 << 20),
+        lambda: engine.bind(2**63),
+        lambda: engine.bind(2**64 - 1),
+    ):
         with pytest.raises(kvortex.ConfigError, match=r"cpu_pool_size_bytes cannot be 1048576: .*enlarge the pool"):
             call()
     assert engine.block_size_bytes is None
@@ -165,6 +170,7 @@ def test_one_block_larger_than_the_pool(make_engine):
         ({"eviction_watermark": 1.1}, kvortex.ConfigError, "eviction_watermark"),
         ({"num_transfer_streams": 0}, kvortex.ConfigError, "num_transfer_streams"),
         ({"cpu_pool_size_bytes": "1MiB", "block_size_bytes": "2MiB"}, kvortex.ConfigError, "enlarge the pool"),
+        ({"cpu_pool_size_bytes": 2**63 - 1}, kvortex.CapacityError, "asked for, but only"),
         ({"cpu_pool_size_bytes": 1 << 46}, kvortex.CapacityError, "bytes of host memory asked for, but only"),
         ({"cpu_pool_size_bytes": "1MiB", "numa_node": 999}, kvortex.ConfigError, "NUMA node 999 does not exist"),
     ],

@@ -117,6 +117,20 @@ def test_memory_of_a_ticket_lives_until_it_is_done_and_no_longer(make_engine, di
     assert alive() is None
 
 
+def test_memory_is_kept_while_it_is_copied(make_engine):
+    """Single bytes far apart take long enough to look in between."""
+    engine = make_engine("64MiB")
+    memory, _ = watched()
+    slow = np.zeros((32, 1 << 20, 3), np.uint8).view(type(memory))[:, :, 1]
+    alive = weakref.ref(slow)
+    ticket = engine.save_blocks_async(keys_of(32), slow)
+    del slow
+    kept = alive() is not None
+    assert kept or ticket.done
+    engine.wait(ticket)
+    assert alive() is None
+
+
 def test_memory_is_let_go_without_a_wait(engine):
     memory, alive = watched()
     ticket = engine.save_blocks_async([key_of(1)], memory)

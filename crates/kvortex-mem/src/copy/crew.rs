@@ -66,6 +66,11 @@ impl Crew {
         self.threads
     }
 
+    #[cfg(test)]
+    pub(super) fn workers(&self) -> usize {
+        self.state.lock().workers.len()
+    }
+
     /// Works on `job` on this thread, together with the workers. The job may end on a worker after this returns.
     pub(super) fn work_with(self: &Arc<Self>, job: &Arc<Job>) {
         let helpers = self.threads.min(job.grains()).saturating_sub(1);

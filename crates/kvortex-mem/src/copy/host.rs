@@ -9,7 +9,7 @@ use crate::error::MemError;
 use crate::sync::{Arc, Condvar, Mutex};
 
 /// Transfers of at most this many bytes are copied by the thread that calls `run`: waking another would cost more.
-const ALONE_BYTES: usize = 512 << 10;
+const ALONE_BYTES: usize = if cfg!(shuttle) { 0 } else { 512 << 10 };
 
 /// Copies by the CPU.
 ///
@@ -133,6 +133,11 @@ mod tests {
     use super::*;
     use crate::copy::suite;
 
+    use std::ops::Range;
+    use std::sync::mpsc;
+
+    use crate::copy::suite::load;
+
     #[test]
     fn one_thread_conforms() {
         suite::conforms(|| Arc::new(HostCopy::new(1)));
@@ -146,5 +151,49 @@ mod tests {
     #[test]
     fn five_threads_conform() {
         suite::conforms(|| Arc::new(HostCopy::new(5)));
+    }
+
+    fn panics(_: &Transfer, _: Range<usize>, _: Range<usize>) {
+        // Not `panic!`, which would print.
+        std::panic::resume_unwind(Box::new("a broken copy"));
+    }
+
+    fn panics_at_the_end(transfer: &Transfer, steps: Range<usize>, bytes: Range<usize>) {
+        if steps.end == transfer.steps().len() {
+            panics(transfer, steps, bytes);
+        }
+    }
+
+    #[test]
+    fn a_panic_fails_the_copy_and_leaves_the_engine_working() {
+        for copier in [panics as Copier, panics_at_the_end] {
+            for (threads, bytes) in [(1, 4096), (1, 8 << 20), (3, 4096), (3, 8 << 20)] {
+                let engine = HostCopy::with_copier(threads, copier);
+                for _ in 0..3 {
+                    let error = engine.run(load(bytes)).unwrap_err();
+                    assert!(matches!(&error, MemError::CopyFailed(why) if why.contains("a broken copy")), "{error}");
+                    let (sender, receiver) = mpsc::channel();
+                    engine.submit(load(bytes), Box::new(move |result| sender.send(result).unwrap())).unwrap();
+                    assert!(matches!(receiver.recv().unwrap(), Err(MemError::CopyFailed(_))));
+                }
+                assert!(engine.stop(Duration::from_secs(10)));
+            }
+        }
+    }
+
+    #[test]
+    fn no_thread_starts_before_it_is_needed() {
+        let engine = HostCopy::new(4);
+        assert_eq!(engine.crew.workers(), 0);
+        engine.run(load(4096)).unwrap();
+        assert_eq!(engine.crew.workers(), 0, "a small copy is the caller's");
+        engine.run(load(8 << 20)).unwrap();
+        assert_eq!(engine.crew.workers(), 3, "the caller is the fourth");
+    }
+
+    #[test]
+    fn an_engine_has_at_least_one_thread() {
+        assert_eq!(HostCopy::new(0).threads(), 1);
+        HostCopy::new(0).run(load(8 << 20)).unwrap();
     }
 }

@@ -138,3 +138,40 @@ impl Cut {
         (steps, start..(start + self.part_bytes).min(self.page_bytes))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn grains_cover_each_byte_once(
+            steps in 0usize..40,
+            page_bytes in prop_oneof![1usize..5000, 100_000usize..5_000_000],
+            threads in 1usize..20,
+        ) {
+            let cut = Cut::of(steps, page_bytes, threads);
+            let mut next = vec![0; steps];
+            for index in 0..cut.grains {
+                let (range, bytes) = cut.grain(index);
+                prop_assert!(!range.is_empty() && !bytes.is_empty(), "no grain is empty");
+                prop_assert!(range.len() * bytes.len() <= MAX_GRAIN + 64, "no grain is too large");
+                for step in range {
+                    prop_assert_eq!(next[step], bytes.start);
+                    next[step] = bytes.end;
+                }
+            }
+            prop_assert!(next.iter().all(|&end| end == page_bytes));
+        }
+    }
+
+    #[test]
+    fn every_thread_finds_work_in_a_transfer_that_is_worth_it() {
+        for (steps, page_bytes) in [(1, 4 << 20), (4, 1 << 20), (64, 64 << 10), (1000, 1 << 20), (3, 1_500_001)] {
+            assert!(Cut::of(steps, page_bytes, 4).grains >= 8, "{steps} x {page_bytes}");
+        }
+    }
+}

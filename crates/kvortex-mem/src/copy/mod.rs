@@ -3,6 +3,7 @@
 mod crew;
 mod host;
 mod job;
+mod stream;
 #[cfg(any(test, feature = "suite"))]
 pub mod suite;
 mod transfer;

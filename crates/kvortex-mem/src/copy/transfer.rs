@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::ptr;
 
+use super::stream;
 use crate::arena::Arena;
 use crate::error::MemError;
 use crate::slots::SlotId;
@@ -115,28 +116,57 @@ impl Transfer {
 
     /// Copies the bytes `range` of each page of `steps`.
     pub(super) fn copy(&self, steps: Range<usize>, range: Range<usize>) {
+        // One loop for each case: nothing is decided per fragment.
+        match (stream::pays(self.bytes()), self.direction) {
+            (true, Direction::Store) => self.store_streaming(steps, range),
+            (true, Direction::Load) => self.load_streaming(steps, range),
+            (false, Direction::Store) => self.for_each_run(steps, range, |slot, page, len| {
+                // SAFETY: see `for_each_run`; `copy` allows a page that lies in the arena.
+                unsafe { ptr::copy(page, slot, len) };
+            }),
+            (false, Direction::Load) => self.for_each_run(steps, range, |slot, page, len| {
+                // SAFETY: see `for_each_run`; loads have pages outside the arena.
+                unsafe { ptr::copy_nonoverlapping(slot, page, len) };
+            }),
+        }
+    }
+
+    fn load_streaming(&self, steps: Range<usize>, range: Range<usize>) {
+        self.for_each_run(steps, range, |slot, page, len| {
+            // SAFETY: see `for_each_run`; streaming pays, and is fenced below.
+            unsafe { stream::copy(slot, page, len) };
+        });
+        stream::fence();
+    }
+
+    /// One fragment behind, so that the start of the next can be asked for in time.
+    fn store_streaming(&self, steps: Range<usize>, range: Range<usize>) {
+        let nothing = (ptr::dangling_mut(), ptr::dangling_mut(), 0);
+        let mut pending = nothing;
+        let mut next = |slot: *mut u8, page: *mut u8, len| {
+            stream::expect(page, len);
+            let (slot, page, len) = std::mem::replace(&mut pending, (slot, page, len));
+            // SAFETY: see `for_each_run`; at first there is nothing to copy; streaming pays, and is fenced below.
+            unsafe { stream::copy(page, slot, len) };
+        };
+        self.for_each_run(steps, range, &mut next);
+        next(nothing.0, nothing.1, nothing.2);
+        stream::fence();
+    }
+
+    /// Calls `f` with the addresses in slot and page, and the length, of each fragment.
+    ///
+    /// `Transfer::new` and `Pages::new` have checked what makes it sound to copy between them: slot and fragment are in bounds
+    /// of memory that this transfer keeps alive, the fragments of a page add up to at most a slot, and loads have writable
+    /// pages outside the arena.
+    fn for_each_run(&self, steps: Range<usize>, range: Range<usize>, mut f: impl FnMut(*mut u8, *mut u8, usize)) {
+        let base = self.arena.memory().addr().as_ptr().wrapping_add(range.start);
         for step in &self.steps[steps] {
-            let slot = self.arena.memory().addr().as_ptr().wrapping_add(step.slot.0 as usize * self.arena.stride());
-            let mut at = slot.wrapping_add(range.start);
-            // One loop per direction: the choice is not made per fragment.
-            match self.direction {
-                Direction::Store => {
-                    self.pages.for_each_run_in(step.page as usize, range.clone(), |page, len| {
-                        // SAFETY: `Transfer::new` and `Pages::new` have checked that the slot and the fragment are in bounds of
-                        // memory that this transfer keeps alive, and the fragments of a page add up to at most a slot. `copy`
-                        // allows a source page that lies in the arena.
-                        unsafe { ptr::copy(page, at, len) };
-                        at = at.wrapping_add(len);
-                    })
-                }
-                Direction::Load => {
-                    self.pages.for_each_run_in(step.page as usize, range.clone(), |page, len| {
-                        // SAFETY: as above; the page is writable and lies outside the arena.
-                        unsafe { ptr::copy_nonoverlapping(at, page, len) };
-                        at = at.wrapping_add(len);
-                    })
-                }
-            }
+            let mut slot = base.wrapping_add(step.slot.0 as usize * self.arena.stride());
+            self.pages.for_each_run_in(step.page as usize, range.clone(), |page, len| {
+                f(slot, page, len);
+                slot = slot.wrapping_add(len);
+            });
         }
     }
 }

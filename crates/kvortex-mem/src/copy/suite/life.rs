@@ -18,7 +18,7 @@ use crate::sync::{Arc, thread};
 const SIZES: [usize; 2] = [4096, 6 << 20];
 
 /// A load of `bytes` into new memory.
-fn load(bytes: usize) -> Transfer {
+pub(in crate::copy) fn load(bytes: usize) -> Transfer {
     marked_load(&Region::from_vec(vec![0; bytes]), bytes.min(256 << 10), 0).0
 }
 

@@ -14,6 +14,9 @@ use super::{CopyEngine, Transfer};
 use crate::error::MemError;
 use crate::sync::Arc;
 
+#[cfg(test)]
+pub(super) use life::load;
+
 type Engine = Arc<dyn CopyEngine>;
 
 /// No copy of this suite takes nearly as long.

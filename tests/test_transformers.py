@@ -102,6 +102,21 @@ def test_a_hit_is_what_transformers_own_reuse_gives_bit_for_bit(family, dtype, e
     assert equal_kv(hit.past_key_values, own.past_key_values, slice(None), columns, None)
 
 
+def test_the_tail_of_a_text_is_evicted_before_its_head(make_engine):
+    """A head whose lease ended before its tail was stored was the older of the two, and went first."""
+    engine = make_engine("1MiB", eviction_watermark=1.0, eviction_ratio=0.0)
+    model, document = shared_model(), text(64)
+    with attach(model, engine) as attachment:
+        model.generate(document, **GREEDY)
+        tokens = model.generate(torch.cat([document, text(48, seed=1)], dim=1), **GREEDY)[0, :-1]
+        blocks = stored(attachment, tokens)
+        assert blocks == 7
+        room = engine.capacity_blocks - engine.get_stats()["blocks"]
+        others = [bytes([i]) * 32 for i in range(room + 3)]
+        engine.save_blocks(others, [bytes(engine.block_size_bytes)] * len(others))
+        assert stored(attachment, tokens) == blocks - 3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_is_what_the_model_says_without_a_cache(family, engine):
     model = shared_model(family)

@@ -105,6 +105,8 @@ class _Call:
     namespace: Namespace
     segments: tuple[Segment, ...]
     pad_token: int | None
+    # Held until the new blocks are stored: a head used less recently than its tail would be evicted first.
+    leases: ExitStack = field(default_factory=ExitStack)
     entered: bool = False
     cache: _Cache = None
     columns: int = 0
@@ -194,9 +196,10 @@ class Attachment:
         if call is None:
             self._count(Reuse(), 0)
             return self.plain_generate(*args, **kwargs)
-        with self._entered(call):
-            result = self.plain_generate(*args, **kwargs)
-        self._store(call, getattr(result, "sequences", result))
+        with call.leases:
+            with self._entered(call):
+                result = self.plain_generate(*args, **kwargs)
+            self._store(call, getattr(result, "sequences", result))
         self._count(call.reuse, 1)
         return result
 
@@ -282,12 +285,11 @@ class Attachment:
         """Fill the cache with the longest prefix that all rows have; how many columns that are."""
         call.cache = cache
         try:
-            with ExitStack() as leases:
-                columns = self._find(call, leases)
-                reused = sum(max(0, columns - row.pad) for row in call.rows)
-                if reused == 0:
-                    return 0
-                kept, loaded = self._load(call, columns)
+            columns = self._find(call)
+            reused = sum(max(0, columns - row.pad) for row in call.rows)
+            if reused == 0:
+                return 0
+            kept, loaded = self._load(call, columns)
         except KVortexError as error:
             self._warn("reused", error)
             for row in call.rows:
@@ -297,11 +299,11 @@ class Attachment:
         call.reuse += Reuse(reused_tokens=reused, loaded_bytes=loaded)
         return columns
 
-    def _find(self, call: _Call, leases: ExitStack) -> int:
+    def _find(self, call: _Call) -> int:
         """Lease what each row finds. One token at least is left to compute, or there would be no logits."""
         for row in call.rows:
             whole = max(0, call.columns - 1 - row.pad) // self.block_tokens
-            row.hit = len(leases.enter_context(self.engine.lease_prefix(row.keys(0, whole))))
+            row.hit = len(call.leases.enter_context(self.engine.lease_prefix(row.keys(0, whole))))
         return min(row.pad + row.hit * self.block_tokens for row in call.rows)
 
     def _load(self, call: _Call, columns: int) -> tuple[list[torch.Tensor], int]:

@@ -14,7 +14,13 @@ from pathlib import Path
 
 SIZE_LIMIT = 10_000_000
 LINKED = re.compile(r"^(libc\.so\.6|libgcc_s\.so\.1|ld-linux-[a-z0-9-]+\.so\.\d)$")
-CARRIED = {"kvortex/__init__.py", "kvortex/_core.abi3.so", "kvortex/_core.pyi", "kvortex/py.typed"}
+CARRIED = {
+    "kvortex/__init__.py",
+    "kvortex/_core.abi3.so",
+    "kvortex/_core.pyi",
+    "kvortex/py.typed",
+    "kvortex/demo_document.txt",
+}
 IMPORT_BUDGET_MS = 50
 
 

@@ -12,7 +12,7 @@ use kvortex_mem::copy::{Direction, Step, Transfer};
 use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::numa;
 use kvortex_mem::slots::{SlotClaim, SlotId, SlotPool};
-use kvortex_mem::span::{Pages, Pattern, Region, Segment};
+use kvortex_mem::span::{Pages, Pattern, Piece, Region, Segment};
 use proptest::prelude::*;
 
 const MIB: usize = 1 << 20;
@@ -222,4 +222,18 @@ fn targets_must_be_writable_apart_and_outside_the_arena() {
     let make = |direction| Transfer::new(direction, Arc::clone(&arena), step.clone(), pages(&lent, 4096, 0, 1));
     assert!(make(Store).is_ok(), "a lent block may be stored under another name");
     assert!(matches!(make(Load), Err(MemError::TargetInArena)));
+}
+
+/// Two pages whose items alternate, described by two patterns: nothing but their fragments tells that they lie apart.
+#[test]
+fn pages_of_a_million_fragments_are_compared_in_bounded_memory() {
+    let items = 700_000;
+    let region = Region::from_vec(vec![0; items * 4 + 4]);
+    let piece = |offset| {
+        let pattern = Arc::new(Pattern::strided(2, &[items], &[4]).unwrap());
+        Piece { region: region.clone(), offset, pattern }
+    };
+    let overlap = |second| Pages::new(vec![Segment::List(vec![piece(0), piece(second)])]).unwrap().first_overlap();
+    assert_eq!(overlap(2), None);
+    assert_eq!(overlap(1), Some((0, 1)));
 }

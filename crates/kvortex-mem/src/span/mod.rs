@@ -7,6 +7,8 @@ mod overlap;
 mod pages;
 mod pattern;
 mod region;
+#[cfg(test)]
+mod tests;
 
 pub use pages::{Pages, Piece, Segment};
 pub use pattern::{Pattern, Run};

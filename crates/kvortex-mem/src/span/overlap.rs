@@ -3,10 +3,12 @@
 //! Answered in three steps, each only if the one before could not: bounds of whole segments; the strides of segments of one
 //! form; sorted fragments.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::pages::{Placed, Segment};
-use super::pattern::Pattern;
+use super::pattern::{Pattern, Run};
 use crate::sync::Arc;
 
 type Pair = (usize, usize);
@@ -16,10 +18,24 @@ pub(super) fn first_overlap(segments: &[Placed], count: usize) -> Option<Pair> {
     if count == 0 {
         return None;
     }
+    if let Some(page) = segments.iter().find_map(|placed| overlapping_piece(&placed.segment)) {
+        return Some((page, page));
+    }
     let mut bounded: Vec<(Range<usize>, &Segment)> =
         segments.iter().map(|placed| (bounds(&placed.segment), &placed.segment)).collect();
     bounded.sort_unstable_by_key(|(bounds, _)| bounds.start);
     clusters(&bounded).into_iter().find_map(|cluster| cluster_overlap(&cluster, count))
+}
+
+/// A piece that overlaps itself.
+fn overlapping_piece(segment: &Segment) -> Option<usize> {
+    match segment {
+        Segment::Table { pattern, .. } => pattern.overlaps_itself().then_some(0),
+        Segment::List(pieces) => {
+            let known = |index: usize| index > 0 && Arc::ptr_eq(&pieces[index].pattern, &pieces[index - 1].pattern);
+            (0..pieces.len()).find(|&index| !known(index) && pieces[index].pattern.overlaps_itself())
+        }
+    }
 }
 
 /// The addresses from the first to the last byte of a segment that has pieces.
@@ -29,11 +45,14 @@ fn bounds(segment: &Segment) -> Range<usize> {
         let bounds = pattern.bounds();
         (base as usize).wrapping_add_signed(bounds.start)..(base as usize).wrapping_add_signed(bounds.end)
     };
-    let join = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
     match segment {
         Segment::Table { count, .. } => join(span(0), span(count - 1)),
         Segment::List(pieces) => (1..pieces.len()).map(span).fold(span(0), join),
     }
+}
+
+fn join(a: Range<usize>, b: Range<usize>) -> Range<usize> {
+    a.start.min(b.start)..a.end.max(b.end)
 }
 
 /// Groups segments, sorted by start, so that segments of different groups lie apart.
@@ -136,22 +155,61 @@ fn runs_at(base: usize, pattern: &Pattern) -> Vec<Range<usize>> {
     pattern.runs().iter().map(|run| address(run.offset)..address(run.end())).collect()
 }
 
+/// Fragments that are listed and sorted at a time; few in tests, so that windows are halved there.
+const BATCH: usize = if cfg!(test) { 8 } else { 1 << 20 };
+
 /// The answer from all fragments, sorted by address.
 fn exact(segments: &[&Segment], count: usize) -> Option<Pair> {
-    let mut runs: Vec<(usize, usize, usize)> = Vec::new();
-    for segment in segments {
-        for page in 0..count {
-            let (base, pattern) = segment.piece(page);
-            runs.extend(runs_at(base as usize, pattern).into_iter().map(|run| (run.start, run.end, page)));
-        }
+    let mut sorted: HashMap<*const Pattern, Cow<'_, [Run]>> = HashMap::new();
+    let pieces = || segments.iter().flat_map(|segment| (0..count).map(|page| (page, segment.piece(page))));
+    for (_, (_, pattern)) in pieces() {
+        sorted.entry(Arc::as_ptr(pattern)).or_insert_with(|| pattern.sorted_runs());
     }
+    let pieces = pieces().map(|(page, (base, pattern))| Spread {
+        page,
+        base: base as usize,
+        runs: &sorted[&Arc::as_ptr(pattern)],
+    });
+    let window = segments.iter().map(|segment| bounds(segment)).reduce(join)?;
+    search(&pieces.collect::<Vec<_>>(), window)
+}
+
+/// One piece's runs, by ascending offset and apart from each other.
+struct Spread<'a> {
+    page: usize,
+    base: usize,
+    runs: &'a [Run],
+}
+
+impl Spread<'_> {
+    /// The runs that have bytes in `window`.
+    fn within(&self, window: &Range<usize>) -> &[Run] {
+        let first = self.runs.partition_point(|run| self.base.wrapping_add_signed(run.end()) <= window.start);
+        let end = self.runs.partition_point(|run| self.base.wrapping_add_signed(run.offset) < window.end);
+        &self.runs[first..end.max(first)]
+    }
+
+    /// Start, end and page of the runs that have bytes in `window`, cut to it.
+    fn clipped<'a>(&'a self, window: &'a Range<usize>) -> impl Iterator<Item = (usize, usize, usize)> + 'a {
+        self.within(window).iter().map(|run| {
+            let start = self.base.wrapping_add_signed(run.offset).max(window.start);
+            (start, self.base.wrapping_add_signed(run.end()).min(window.end), self.page)
+        })
+    }
+}
+
+/// Two pages that share a byte of `window`. Windows with many fragments are halved, so that few are listed at a time.
+fn search(pieces: &[Spread<'_>], window: Range<usize>) -> Option<Pair> {
+    let fragments: usize = pieces.iter().map(|piece| piece.within(&window).len()).sum();
+    if fragments > BATCH && window.len() > BATCH {
+        let middle = window.start + window.len() / 2;
+        return search(pieces, window.start..middle).or_else(|| search(pieces, middle..window.end));
+    }
+    // One fragment more than the window has bytes is enough to find two that share one.
+    let enough = window.len().saturating_add(1);
+    let mut runs: Vec<_> = pieces.iter().flat_map(|piece| piece.clipped(&window)).take(enough).collect();
     runs.sort_unstable();
-    let (mut end, mut owner) = (0, 0);
-    for (start, run_end, page) in runs {
-        if start < end {
-            return Some((owner.min(page), owner.max(page)));
-        }
-        (end, owner) = (run_end, page);
-    }
-    None
+    let neighbours = runs.windows(2).find(|pair| pair[1].0 < pair[0].1)?;
+    let (first, second) = (neighbours[0].2, neighbours[1].2);
+    Some((first.min(second), first.max(second)))
 }

@@ -1,5 +1,6 @@
 //! The fragments of one piece of a page.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::error::MemError;
@@ -97,12 +98,14 @@ impl Pattern {
         self.sorted_runs().windows(2).any(|pair| pair[1].offset < pair[0].end())
     }
 
-    pub(super) fn sorted_runs(&self) -> Vec<Run> {
-        let mut runs = self.runs.to_vec();
-        if !self.ascending {
-            runs.sort_unstable();
+    /// The runs by ascending offset.
+    pub(super) fn sorted_runs(&self) -> Cow<'_, [Run]> {
+        if self.ascending {
+            return Cow::Borrowed(&self.runs);
         }
-        runs
+        let mut runs = self.runs.to_vec();
+        runs.sort_unstable();
+        Cow::Owned(runs)
     }
 
     /// Calls `f` with the offset from the base and the length of each fragment of the piece's bytes `range`.

@@ -1,12 +1,10 @@
 //! Patterns and pages against naive enumerations of their bytes.
 
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use kvortex_mem::MemError;
-use kvortex_mem::span::{Pages, Pattern, Piece, Region, Run, Segment};
+use super::{Pages, Pattern, Piece, Region, Run, Segment};
+use crate::error::MemError;
 use proptest::collection::vec;
 use proptest::prelude::*;
 

@@ -130,6 +130,18 @@ def test_one_tensor_for_each_block(engine):
     assert all(is_own(row.tobytes(), key) for row, key in zip(out, keys, strict=True))
 
 
+def test_tensors_of_one_shape_and_different_strides(engine):
+    keys = keys_of(4)
+    forms = [np.zeros((50, 100), np.uint8), np.zeros((100, 50), np.uint8).T, np.zeros((50, 200), np.uint8)[:, ::2],
+             np.zeros((50, 100), np.uint8)[::-1]]  # fmt: skip
+    engine.save_blocks(keys, blocks_of(keys))
+    assert engine.load_blocks(keys, forms).mask.all()
+    assert all(is_own(row.tobytes(), key) for row, key in zip(forms, keys, strict=True))
+    engine.reset()
+    engine.save_blocks(keys, forms)
+    assert all(is_own(row, key) for row, key in zip(loaded(engine, keys), keys, strict=True))
+
+
 def test_a_block_of_one_item(engine):
     engine.save_blocks([key_of(0)], [np.float64(1.5).reshape(())])
     out = np.zeros(1)

@@ -30,10 +30,11 @@ engine = kvortex.KVortexEngine.create({}, cpu_pool_size_bytes="64MiB", num_trans
 """
 
 
-def run_script(script):
+def run_script(script, before=""):
     """Runs a script in a fresh interpreter; returns what it printed. Errors but our own warning fail."""
-    environ = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "PYTHONWARNINGS": "error"}
-    code = PREAMBLE + textwrap.dedent(script)
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error"}
+    code = textwrap.dedent(before) + PREAMBLE + textwrap.dedent(script)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=EXIT_SECONDS,
                           env=environ, check=False)  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if not line.startswith("shut down with copies in flight")]
@@ -188,6 +189,15 @@ def test_the_end_of_a_process_in_the_middle_of_a_copy(copy, ending):
     """)
 
 
+def test_copies_end_before_the_interpreter_does():
+    """What was registered before the engine runs after it."""
+    before = """
+        import atexit
+        atexit.register(lambda: print(engine.closed, ticket.done, engine.wait(ticket).blocks))
+    """
+    assert run_script("ticket = engine.save_blocks_async(keys, slow)", before) == "True True 16\n"
+
+
 def test_the_end_of_an_interpreter_with_everything_alive():
     run_script("""
         engine.save_blocks(keys, slow)
@@ -247,7 +257,7 @@ def test_memory_is_given_back():
 
 
 def test_ctrl_c_ends_a_wait(make_engine):
-    engine = make_engine("128MiB", num_transfer_streams=2)
+    engine = make_engine("128MiB", num_transfer_streams=1)
     slow = np.zeros((100, 1 << 20, 3), np.uint8)[:, :, 1]
     ticket = engine.save_blocks_async(keys_of(100), slow)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -255,6 +265,7 @@ def test_ctrl_c_ends_a_wait(make_engine):
     try:
         with pytest.raises(KeyboardInterrupt):
             engine.wait(ticket)
+        assert not ticket.done
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert engine.wait(ticket).mask.all()

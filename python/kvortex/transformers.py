@@ -449,7 +449,8 @@ def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.T
         refuse(f"an attention mask of shape {tuple(mask.shape)}", f"give one of shape {tuple(input_ids.shape)}")
     pads = columns - mask.bool().sum(-1)
     if (mask.bool() != (torch.arange(columns, device=mask.device) >= pads[:, None])).any():
-        refuse("right padding or gaps in the attention mask", 'set tokenizer.padding_side = "left"')
+        remedy = 'pad with tokenizer.padding_side = "left" and pass its attention_mask'
+        refuse("right padding or gaps in the attention mask", remedy)
     return pads
 
 

@@ -15,6 +15,12 @@ pub use self::modelled::{Condvar, Mutex, MutexGuard, WaitTimeoutResult};
 #[cfg(shuttle)]
 pub use shuttle::{sync::atomic, thread};
 
+/// A place where the model may switch threads. Copying bytes is none of itself, and real threads need none.
+pub(crate) fn switch_point() {
+    #[cfg(shuttle)]
+    thread::yield_now();
+}
+
 #[cfg(shuttle)]
 mod modelled {
     //! `parking_lot`'s shapes over shuttle's locks.

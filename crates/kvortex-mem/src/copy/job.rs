@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::{Done, Transfer};
 use crate::error::MemError;
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, switch_point};
 
 /// Grains are as large as this where a transfer has plenty of bytes: then the shared cursor does not show.
 const MAX_GRAIN: usize = 1 << 20;
@@ -66,6 +66,7 @@ impl Job {
         let Some(transfer) = transfer else { return };
         let outcome = guarded(|| {
             while let Some((steps, bytes)) = self.take() {
+                switch_point();
                 copier(&transfer, steps, bytes);
             }
         });

@@ -9,7 +9,7 @@ pub mod suite;
 mod transfer;
 
 pub use host::HostCopy;
-pub use transfer::{Direction, Step, Transfer};
+pub use transfer::{Direction, Step, Transfer, check_targets};
 
 use std::time::Duration;
 

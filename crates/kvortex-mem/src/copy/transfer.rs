@@ -39,6 +39,19 @@ pub struct Transfer {
     pages: Pages,
 }
 
+/// Checks that a load from `arena` may write `pages`: that they are writable, lie outside the arena and share no bytes.
+pub fn check_targets(pages: &Pages, arena: &Arena) -> Result<(), MemError> {
+    if !pages.is_writable() {
+        return Err(MemError::ReadOnly);
+    }
+    let start = arena.memory().addr().as_ptr() as usize;
+    let end = start + arena.memory().len();
+    if pages.regions().any(|region| region.addr() < end && start < region.addr() + region.len()) {
+        return Err(MemError::TargetInArena);
+    }
+    pages.first_overlap().map_or(Ok(()), |(first, second)| Err(MemError::Overlap { first, second }))
+}
+
 impl Transfer {
     /// Checks that every slot and page exists, that a page fits into a slot, that no place is written twice and, for loads,
     /// that the pages are writable, share no bytes and lie outside the arena.
@@ -47,7 +60,7 @@ impl Transfer {
         transfer.check_sizes()?;
         transfer.check_steps()?;
         if direction == Direction::Load && !transfer.steps.is_empty() {
-            transfer.check_targets()?;
+            check_targets(&transfer.pages, &transfer.arena)?;
         }
         Ok(transfer)
     }
@@ -100,18 +113,6 @@ impl Transfer {
             }
         }
         Ok(())
-    }
-
-    fn check_targets(&self) -> Result<(), MemError> {
-        if !self.pages.is_writable() {
-            return Err(MemError::ReadOnly);
-        }
-        let start = self.arena.memory().addr().as_ptr() as usize;
-        let end = start + self.arena.memory().len();
-        if self.pages.regions().any(|region| region.addr() < end && start < region.addr() + region.len()) {
-            return Err(MemError::TargetInArena);
-        }
-        self.pages.first_overlap().map_or(Ok(()), |(first, second)| Err(MemError::Overlap { first, second }))
     }
 
     /// Copies the bytes `range` of each page of `steps`.

@@ -8,7 +8,7 @@ use crate::error::MemError;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Array {
     item: usize,
     shape: Vec<usize>,
@@ -94,7 +94,16 @@ const REGION: usize = 4096;
 
 impl Part {
     fn segment(&self, regions: &[Region]) -> Segment {
-        let pattern = |index: usize| Arc::new(self.arrays[index].pattern());
+        // Pieces of one form share their pattern, as in life.
+        let mut known: Vec<(Array, Arc<Pattern>)> = Vec::new();
+        let mut pattern = |index: usize| {
+            let array = &self.arrays[index];
+            if let Some((_, pattern)) = known.iter().find(|(other, _)| other == array) {
+                return Arc::clone(pattern);
+            }
+            known.push((array.clone(), Arc::new(array.pattern())));
+            Arc::clone(&known[known.len() - 1].1)
+        };
         if let Some(stride) = self.table {
             let (region, first) = self.places[0];
             let (region, count) = (regions[region].clone(), self.places.len());
@@ -159,7 +168,10 @@ fn page_bytes(parts: &[Part], page: usize) -> Vec<(usize, isize)> {
 /// Addresses of the bytes `range` of a page.
 fn addresses(pages: &Pages, page: usize, range: std::ops::Range<usize>) -> Vec<usize> {
     let mut found = Vec::new();
-    pages.for_each_run_in(page, range, |addr, len| found.extend((0..len).map(|byte| addr as usize + byte)));
+    pages.for_each_run_in(page, range, |addr, len| {
+        assert!(len > 0);
+        found.extend((0..len).map(|byte| addr as usize + byte));
+    });
     found
 }
 

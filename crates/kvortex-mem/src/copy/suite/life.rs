@@ -125,6 +125,18 @@ pub(super) fn several_threads_share_an_engine(engine: &Engine) {
     });
 }
 
+pub(super) fn stop_waits_for_done_to_return(engine: &Engine) {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = counting(&count);
+    let done: Done = Box::new(|result| {
+        thread::sleep(Duration::from_millis(50));
+        counted(result);
+    });
+    engine.submit(load(4096), done).expect("accepted");
+    assert!(engine.stop(PATIENCE), "accepted work did not end");
+    assert_eq!(count.load(Ordering::SeqCst), 1, "`stop` waited for the bytes only");
+}
+
 pub(super) fn stop_waits_and_then_refuses(engine: &Engine) {
     let count = Arc::new(AtomicUsize::new(0));
     for _ in 0..10 {

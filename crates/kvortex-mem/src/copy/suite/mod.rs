@@ -33,6 +33,7 @@ pub fn conforms(make: impl Fn() -> Engine) {
     life::done_is_called_once_each(&make());
     life::a_panic_in_done_harms_nobody(&make());
     life::several_threads_share_an_engine(&make());
+    life::stop_waits_for_done_to_return(&make());
     life::stop_waits_and_then_refuses(&make());
     life::dropping_an_engine_ends_what_it_accepted(make());
     life::an_engine_may_be_dropped_by_its_own_done(make());

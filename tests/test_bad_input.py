@@ -115,7 +115,7 @@ def test_targets_that_cannot_be_written(unchanged):
     same = np.zeros(BLOCK, np.uint8)
     for out, said in [
         ([bytes(BLOCK)] * 3, "is read-only: pass memory that can be written"),
-        ([same, same, np.zeros(BLOCK, np.uint8)], "targets 0 and 1 overlap: give each block memory of its own"),
+        ([same, same, np.zeros(BLOCK, np.uint8)], "target pages 0 and 1 share bytes; pass targets that do not overlap"),
         (list(np.broadcast_to(same, (3, BLOCK))), "read-only"),
     ]:
         for call in calls(unchanged, "out"):

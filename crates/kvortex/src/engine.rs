@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use kvortex_mem::arena::Arena;
-use kvortex_mem::copy::{CopyEngine, HostCopy};
+use kvortex_mem::copy::{CopyEngine, HostCopy, check_targets};
 use kvortex_mem::error::MemError;
 use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::span::Pages;
@@ -354,9 +354,12 @@ impl Engine {
 
     fn start_load(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
         check_pages(keys, pages)?;
-        check_targets(pages)?;
+        if !pages.is_writable() {
+            return Err(bad_target(&MemError::ReadOnly));
+        }
         let Some(bound) = self.bound()?.filter(|_| !keys.is_empty()) else { return Ok(None) };
         bound.layout.check(pages.page_bytes())?;
+        check_targets(pages, bound.mover.host().arena()).map_err(|error| bad_target(&error))?;
         Ok(Some(Flight::load(bound, keys)))
     }
 
@@ -422,14 +425,8 @@ fn check_pages(keys: Keys<'_>, pages: &Pages) -> Result<()> {
     Ok(())
 }
 
-fn check_targets(pages: &Pages) -> Result<()> {
-    if !pages.is_writable() {
-        return Err(Error::invalid("a target is read-only: give memory that can be written"));
-    }
-    match pages.first_overlap() {
-        Some((a, b)) => Err(Error::invalid(format!("targets {a} and {b} overlap: give each block memory of its own"))),
-        None => Ok(()),
-    }
+fn bad_target(error: &MemError) -> Error {
+    Error::invalid(format!("out: {error}"))
 }
 
 impl Drop for Engine {

@@ -18,7 +18,7 @@ pub struct HostStats {
     pub used: usize,
     /// 1 - (largest run of free slots / free slots); 0 when none is free. It costs nothing: every slot fits every block.
     pub fragmentation: f64,
-    /// Bytes in huge pages.
+    /// Bytes in huge pages when the arena was made.
     pub huge_page_bytes: usize,
     /// Whether the arena is page-locked.
     pub pinned: bool,
@@ -28,13 +28,16 @@ pub struct HostStats {
 #[derive(Clone)]
 pub struct Host {
     arena: Arc<Arena>,
+    /// Read once: the system counts it page by page, and it hardly changes after the arena was touched.
+    huge_page_bytes: usize,
 }
 
 impl Host {
     /// Keeps blocks in `arena`.
     #[must_use]
-    pub const fn new(arena: Arc<Arena>) -> Self {
-        Self { arena }
+    pub fn new(arena: Arc<Arena>) -> Self {
+        let huge_page_bytes = arena.memory().huge_page_bytes();
+        Self { arena, huge_page_bytes }
     }
 
     /// Where slots come from.
@@ -62,8 +65,7 @@ impl Host {
         let slots = self.arena.slots();
         let (capacity, free, largest) = (slots.total(), slots.free(), slots.largest_free_run());
         let fragmentation = if free == 0 { 0.0 } else { 1.0 - largest as f64 / free as f64 };
-        let huge_page_bytes = self.arena.memory().huge_page_bytes();
         let pinned = !matches!(self.arena.memory().pinned(), Pinned::No { .. });
-        HostStats { capacity, used: capacity - free, fragmentation, huge_page_bytes, pinned }
+        HostStats { capacity, used: capacity - free, fragmentation, huge_page_bytes: self.huge_page_bytes, pinned }
     }
 }

@@ -93,6 +93,13 @@ def test_every_module_of_the_core_has_its_floor():
     assert core_modules().keys() - {"lib"} == FLOOR.keys()
 
 
+def test_the_architecture_shows_these_floors():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (`.+?`) \|", text, re.MULTILINE)
+    shown = [set(re.findall(r"`(\w+)`", modules)) for _, modules in sorted(rows)]
+    assert shown == FLOORS
+
+
 @pytest.mark.parametrize(("crate", "above"), [("kvortex-mem", ["kvortex", "pyo3"]), ("kvortex", ["pyo3", "cudarc"])])
 def test_a_crate_depends_on_nothing_above_it(crate, above):
     manifest = (ROOT / "crates" / crate / "Cargo.toml").read_text(encoding="utf-8")

@@ -1,7 +1,9 @@
 """The prefix cache of transformers: what is loaded was stored, and the text is what the model would have said."""
 
 import copy
+import gc
 import logging
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -228,10 +230,11 @@ def test_every_way_to_call_generate(llama):
         lambda: model.generate(prompt.int(), **GREEDY),
         lambda: model.generate(prompt, **FULL).sequences,
         lambda: model.generate(prompt, **GREEDY, cache_implementation="dynamic"),
+        lambda: model.generate(prompt, **GREEDY, tokenizer=object()),
     ):
         assert torch.equal(call(), expected)
-    assert llama.stats.calls == 7
-    assert llama.stats.total.reused_tokens == 6 * 48
+    assert llama.stats.calls == 8
+    assert llama.stats.total.reused_tokens == 7 * 48
 
 
 def test_inference_mode(llama):
@@ -292,6 +295,16 @@ def test_the_returned_cache_is_what_the_caller_would_have_seen(llama):
     assert hit.get_seq_length() == cold.get_seq_length() == 57
     assert [part.shape for part in kept(hit)] == [part.shape for part in kept(cold)]
     assert all(part.is_contiguous() for part in kept(hit))
+
+
+def test_nothing_of_a_call_is_kept_after_it(llama):
+    for _ in range(2):
+        result = llama.model.generate(text(50), **FULL)
+        caches = [weakref.ref(result.past_key_values), weakref.ref(result.past_key_values.layers[0].keys)]
+        del result
+        gc.collect()
+        assert [cache() for cache in caches] == [None, None]
+    assert llama.engine.get_stats()["leased_blocks"] == 0
 
 
 def test_statistics(llama, engine):
@@ -397,6 +410,19 @@ def test_a_block_that_is_gone_at_the_load_is_computed(engine):
         for _ in range(2):
             assert torch.equal(model.generate(prompt, **GREEDY), plain(model, input_ids=prompt))
         assert attachment.stats.total.reused_tokens == 0
+
+
+def test_blocks_that_are_lost_at_the_load_are_stored_again(engine):
+    def lose(keys, out):
+        engine.reset()
+        return engine.load_blocks(keys, out)
+
+    model, prompt = shared_model(), text(100)
+    with attach(model, Wrapped(engine, load_blocks=lose)) as attachment:
+        for _ in range(2):
+            model.generate(prompt, **GREEDY)
+            assert stored(attachment, prompt[0]) == 6
+        assert attachment.stats.last.stored_blocks == 6
 
 
 @pytest.mark.parametrize("error", [kvortex.CapacityError("no room"), RuntimeError("anything")], ids=repr)

@@ -24,7 +24,8 @@ FORMAT = 1
 _WORDS_PER_SUM = 1 << 18
 # Where these attributes differ the keys and values do not.
 _NEUTRAL = {"name_or_path", "_name_or_path"}
-_PLAIN = (bool, int, float, str)
+_PLAIN = frozenset((bool, int, float, str))
+_EVERY_MODULE_HAS = frozenset(vars(torch.nn.Module()))
 # Their rotary frequencies depend on the longest position of the whole batch, so a prefix has no KV of its own.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 
@@ -60,11 +61,13 @@ class _Seen(NamedTuple):
     training: bool
 
 
-def _plain_attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
+def _own_attributes(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(module).items() if name not in _EVERY_MODULE_HAS]
+
+
+def _plain(attributes: list[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) in _PLAIN and name not in _NEUTRAL and not name.startswith("_")
+        (name, value) for name, value in attributes if type(value) in _PLAIN and name[0] != "_" and name not in _NEUTRAL
     )
 
 
@@ -73,11 +76,11 @@ def _hooks(module: torch.nn.Module, own: int) -> tuple[int, ...]:
     return tuple(number for number in (*module._forward_pre_hooks, *module._forward_hooks) if number != own)
 
 
-def _tensors_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for held in (module._parameters, module._buffers, vars(module)):
-        for name, value in held.items():
-            if isinstance(value, torch.Tensor):
-                yield f"{path}.{name}", value
+def _tensors(module: torch.nn.Module, attributes: list[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are neither."""
+    for name, value in (*module._parameters.items(), *module._buffers.items(), *attributes):
+        if isinstance(value, torch.Tensor):
+            yield name, value
 
 
 def _look(model: _Model, own_hook: int) -> _Seen:
@@ -86,9 +89,9 @@ def _look(model: _Model, own_hook: int) -> _Seen:
     training = False
     for path, module in model.named_modules():
         training |= module.training
-        kind = type(module).__module__, type(module).__qualname__
-        facts.append((path, kind, _plain_attributes(module), _hooks(module, own_hook)))
-        tensors.update(_tensors_of(path, module))
+        kind, own = type(module), _own_attributes(module)
+        facts.append((path, kind.__module__, kind.__qualname__, _plain(own), _hooks(module, own_hook)))
+        tensors.update((f"{path}.{name}", tensor) for name, tensor in _tensors(module, own))
     facts += [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
     return _Seen(tensors, tuple(facts), training)
 

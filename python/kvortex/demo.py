@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--random", action="store_true", help="a model with random weights: no download, no sense")
     parser.add_argument("--pool-size", default="512MiB", metavar="SIZE", help="host memory for KV (default: 512MiB)")
-    parser.add_argument("--questions", type=_count(len(QUESTIONS)), default=4, metavar="N", help="1 to 6 (default: 4)")
-    parser.add_argument("--new-tokens", type=_count(512), default=24, metavar="N", help="per answer (default: 24)")
+    parser.add_argument("--questions", type=_count(len(QUESTIONS)), default=3, metavar="N", help="1 to 6 (default: 3)")
+    parser.add_argument("--new-tokens", type=_count(512), default=20, metavar="N", help="per answer (default: 20)")
     parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the result (.png, .svg or .pdf)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 

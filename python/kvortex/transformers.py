@@ -53,8 +53,8 @@ _FORWARD_INPUTS = {
     "return_dict",
     "use_cache",
 }
-# Arguments of generate() that never reach a forward pass and that its signature does not name.
-_GENERATE_EXTRAS = {"assistant_tokenizer", "tokenizer", "trust_remote_code"}
+# Arguments of generate() that some releases hand on to the forward pass, which makes nothing of them.
+_WITHOUT_EFFECT = {"assistant_tokenizer", "tokenizer", "trust_remote_code"}
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 
 
@@ -418,12 +418,12 @@ def _refuse_generation(config: GenerationConfig, given: dict[str, Any], inputs: 
             refuse(f"{name}={getattr(config, name)!r}", "leave it unset")
     if given.get("custom_generate") is not None:
         refuse("custom_generate", "use the generate() of transformers, or detach() for this call")
-    _refuse_inputs({name: value for name, value in inputs.items() if name not in _GENERATE_EXTRAS})
+    _refuse_inputs(inputs)
 
 
 def _refuse_inputs(inputs: dict[str, Any]) -> None:
     for name, value in inputs.items():
-        if value is not None and name not in _FORWARD_INPUTS:
+        if value is not None and name not in _FORWARD_INPUTS | _WITHOUT_EFFECT:
             refuse(f"the input {name}, which is no part of a block's key", "leave it out, or detach() for this call")
 
 

@@ -2,6 +2,9 @@
 
 A defect is a text that stands exactly once in a file, and what takes its place. When the code moves on and the text is
 gone, plant the defect anew here.
+
+Usage: mutants.py          plant them and run the tests
+       mutants.py --check  only see that every text stands once
 """
 
 import os
@@ -53,9 +56,9 @@ DEFECTS = [
     ),
     Defect(
         "targets that overlap are written",
-        "crates/kvortex/src/engine.rs",
-        "match pages.first_overlap() {",
-        "match None::<(usize, usize)> {",
+        "crates/kvortex-mem/src/copy/transfer.rs",
+        "pages.first_overlap().map_or(",
+        "None::<(usize, usize)>.map_or(",
     ),
     Defect(
         "a slot is given back twice",
@@ -124,11 +127,16 @@ def failures(tree: Path, package: str) -> list[str]:
     return named or (["(it ended badly)"] if done.returncode else [])
 
 
+def check() -> None:
+    for defect in DEFECTS:
+        count = (ROOT / defect.file).read_text(encoding="utf-8").count(defect.right)
+        if count != 1:
+            sys.exit(f"{defect.file} has {count} times {defect.right!r}, not once; to plant: {defect.title}")
+
+
 def plant(tree: Path, defect: Defect) -> list[str]:
     file = tree / defect.file
     right = file.read_text(encoding="utf-8")
-    if right.count(defect.right) != 1:
-        sys.exit(f"{defect.file} has {right.count(defect.right)} times {defect.right!r}, not once: {defect.title}")
     file.write_text(right.replace(defect.right, defect.wrong), encoding="utf-8")
     try:
         return failures(tree, defect.package)
@@ -137,6 +145,9 @@ def plant(tree: Path, defect: Defect) -> list[str]:
 
 
 def main() -> int:
+    check()
+    if sys.argv[1:] == ["--check"]:
+        return 0
     tree = copy_tree(Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "mutants/tree")
     for package in sorted({defect.package for defect in DEFECTS}):
         if red := failures(tree, package):

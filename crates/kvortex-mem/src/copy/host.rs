@@ -8,7 +8,10 @@ use super::{CopyEngine, Done, Transfer};
 use crate::error::MemError;
 use crate::sync::{Arc, Condvar, Mutex};
 
-/// Transfers of at most this many bytes are copied by the thread that calls `run`: waking another would cost more.
+/// Transfers of at most this many bytes are copied by the thread that calls `run`, for waking another takes about as long as
+/// it saves. Measured with bytes in the cache and two threads on two cores (EPYC, Zen 4; `cargo bench --bench copy -- few`,
+/// with this set to 0): 512 KiB take 24 to 28 µs alone and 22 to 26 µs together, 1 MiB 50 and 40 µs, 2 MiB 105 and 68 µs.
+/// Schedules are modelled with small transfers, so there all are shared.
 const ALONE_BYTES: usize = if cfg!(shuttle) { 0 } else { 512 << 10 };
 
 /// Copies by the CPU.

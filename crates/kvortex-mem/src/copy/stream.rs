@@ -10,10 +10,11 @@ const STREAM_BYTES: usize = 8 << 20;
 #[cfg(target_arch = "x86_64")]
 const SHORT: usize = 256;
 
-/// True if a transfer of `bytes` bytes should use [`copy`], which this processor must be able to execute.
+/// True if a transfer of `bytes` bytes in fragments of `mean_run` bytes should use [`copy`], which this processor must be
+/// able to execute.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn pays(bytes: usize) -> bool {
-    bytes >= STREAM_BYTES && std::arch::is_x86_feature_detected!("avx2")
+pub(super) fn pays(bytes: usize, mean_run: usize) -> bool {
+    bytes >= STREAM_BYTES && mean_run >= SHORT && std::arch::is_x86_feature_detected!("avx2")
 }
 
 /// Copies `len` bytes. The ranges may overlap if the caller can do with undefined bytes in the target.
@@ -88,7 +89,7 @@ mod elsewhere {
     //! Other processors recognise long copies themselves.
 
     /// Never.
-    pub(in crate::copy) fn pays(_bytes: usize) -> bool {
+    pub(in crate::copy) fn pays(_bytes: usize, _mean_run: usize) -> bool {
         false
     }
 
@@ -115,7 +116,7 @@ mod tests {
 
     #[test]
     fn streamed_bytes_are_exact_at_every_length_and_alignment() {
-        if !pays(STREAM_BYTES) {
+        if !pays(STREAM_BYTES, SHORT) {
             return;
         }
         let source: Vec<u8> = (0..2048u32).map(|at| (at * 193 + at / 7) as u8).collect();

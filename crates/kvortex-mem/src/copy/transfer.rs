@@ -100,34 +100,53 @@ impl Transfer {
 
     fn check_steps(&self) -> Result<(), MemError> {
         let (slots, pages) = (self.arena.slots().total(), self.pages.count());
-        let store = self.direction == Direction::Store;
-        let (what, targets) = if store { ("slot", slots) } else { ("page", pages) };
-        let mut seen = Seen::new(if self.steps.len() > 1 { targets } else { 0 });
         for step in &self.steps {
-            let (slot, page) = (step.slot.0 as usize, step.page as usize);
-            in_range("slot", slot, slots)?;
-            in_range("page", page, pages)?;
-            let index = if store { slot } else { page };
-            if seen.insert(index) {
-                return Err(MemError::WrittenTwice { what, index });
-            }
+            in_range("slot", step.slot.0 as usize, slots)?;
+            in_range("page", step.page as usize, pages)?;
         }
-        Ok(())
+        let (what, bound) = match self.direction {
+            Direction::Store => ("slot", slots),
+            Direction::Load => ("page", pages),
+        };
+        self.written_twice(bound).map_or(Ok(()), |index| Err(MemError::WrittenTwice { what, index }))
+    }
+
+    /// A target of two steps; all targets are below `bound`.
+    fn written_twice(&self, bound: usize) -> Option<usize> {
+        /// Up to here comparing all with all takes less than clearing a bit for each slot of an arena.
+        const FEW: usize = 32;
+
+        let target = |step: &Step| match self.direction {
+            Direction::Store => step.slot.0 as usize,
+            Direction::Load => step.page as usize,
+        };
+        let mut targets = self.steps.iter().map(target);
+        if self.steps.len() <= FEW {
+            let earlier = |index: usize, wanted| self.steps[..index].iter().any(|step| target(step) == wanted);
+            return targets.enumerate().find(|&(index, wanted)| earlier(index, wanted)).map(|(_, found)| found);
+        }
+        let mut seen = vec![0u64; bound.div_ceil(64)];
+        targets.find(|&index| {
+            let (word, bit) = (&mut seen[index / 64], 1 << (index % 64));
+            let before = *word & bit != 0;
+            *word |= bit;
+            before
+        })
     }
 
     /// Copies the bytes `range` of each page of `steps`.
     pub(super) fn copy(&self, steps: Range<usize>, range: Range<usize>) {
-        // One loop for each case: nothing is decided per fragment.
-        match (stream::pays(self.bytes()), self.direction) {
+        // One loop for each case, which is not decided per fragment.
+        match (stream::pays(self.bytes(), self.pages.mean_run_bytes()), self.direction) {
             (true, Direction::Store) => self.store_streaming(steps, range),
             (true, Direction::Load) => self.load_streaming(steps, range),
             (false, Direction::Store) => self.for_each_run(steps, range, |slot, page, len| {
-                // SAFETY: see `for_each_run`; `copy` allows a page that lies in the arena.
-                unsafe { ptr::copy(page, slot, len) };
+                // SAFETY: see `for_each_run`.
+                unsafe { copy_run(page, slot, len) };
             }),
             (false, Direction::Load) => self.for_each_run(steps, range, |slot, page, len| {
-                // SAFETY: see `for_each_run`; loads have pages outside the arena.
-                unsafe { ptr::copy_nonoverlapping(slot, page, len) };
+                // SAFETY: see `for_each_run`.
+                unsafe { copy_run(slot, page, len) };
             }),
         }
     }
@@ -176,22 +195,32 @@ fn in_range(what: &'static str, index: usize, count: usize) -> Result<(), MemErr
     if index < count { Ok(()) } else { Err(MemError::OutOfRange { what, index, count }) }
 }
 
-/// A set of numbers below a bound.
-struct Seen(Vec<u64>);
-
-impl Seen {
-    fn new(bound: usize) -> Seen {
-        Seen(vec![0; bound.div_ceil(64)])
+/// Copies one fragment. The ranges may overlap.
+///
+/// Items of a strided array are copied here one by one, so their sizes are told apart: a call for each would take several
+/// times as long as moving it.
+///
+/// # Safety
+///
+/// `from` is valid for reads and `to` for writes of `len` bytes.
+#[inline(always)]
+unsafe fn copy_run(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match len {
+            1 => to.write(from.read()),
+            2 => copy_item::<2>(from, to),
+            4 => copy_item::<4>(from, to),
+            8 => copy_item::<8>(from, to),
+            16 => copy_item::<16>(from, to),
+            32 => copy_item::<32>(from, to),
+            _ => ptr::copy(from, to, len),
+        }
     }
+}
 
-    /// True if `index` was there already.
-    fn insert(&mut self, index: usize) -> bool {
-        let Some(word) = self.0.get_mut(index / 64) else {
-            return false;
-        };
-        let bit = 1 << (index % 64);
-        let before = *word & bit != 0;
-        *word |= bit;
-        before
-    }
+#[inline(always)]
+unsafe fn copy_item<const LEN: usize>(from: *const u8, to: *mut u8) {
+    // SAFETY: as the caller promises; an array of bytes has no alignment.
+    unsafe { to.cast::<[u8; LEN]>().write(from.cast::<[u8; LEN]>().read()) };
 }

@@ -210,6 +210,15 @@ impl Pages {
         }
     }
 
+    /// Bytes of a fragment of page 0 on average, at least 1.
+    pub(crate) fn mean_run_bytes(&self) -> usize {
+        if self.count == 0 {
+            return 1;
+        }
+        let runs: usize = self.segments.iter().map(|placed| placed.segment.piece(0).1.runs().len()).sum();
+        self.page_bytes / runs
+    }
+
     pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
         self.segments.iter().flat_map(|placed| placed.segment.regions())
     }

@@ -100,6 +100,10 @@ fn layout(name: &'static str, regions: &[usize], parts: Vec<Part>) -> Layout {
 
 pub(super) fn all() -> Vec<Layout> {
     let mut all = small();
+    all.extend([1, 4, 8, 16, 32].map(|item| {
+        let (inner, page) = (2 * item as isize + 1, 60 * item as isize);
+        layout("single items", &[60 * item * 7], vec![part(item, &[19], &[inner], at(0, 0, page, 7))])
+    }));
     all.extend(large());
     all
 }

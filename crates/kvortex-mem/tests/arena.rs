@@ -224,6 +224,19 @@ fn targets_must_be_writable_apart_and_outside_the_arena() {
     assert!(matches!(make(Load), Err(MemError::TargetInArena)));
 }
 
+#[test]
+fn a_place_written_twice_is_found_among_many() {
+    let (arena, region) = (arena(100, 8), Region::from_vec(vec![0; 800]));
+    for direction in [Direction::Store, Direction::Load] {
+        let make = |last| {
+            let steps = (0..99).chain([last]).map(|index| Step { slot: SlotId(index), page: index }).collect();
+            Transfer::new(direction, Arc::clone(&arena), steps, pages(&region, 8, 8, 100))
+        };
+        assert!(make(99).is_ok());
+        assert!(matches!(make(64), Err(MemError::WrittenTwice { index: 64, .. })));
+    }
+}
+
 /// Two pages whose items alternate, described by two patterns: nothing but their fragments tells that they lie apart.
 #[test]
 fn pages_of_a_million_fragments_are_compared_in_bounded_memory() {

@@ -13,7 +13,7 @@ use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::slots::SlotId;
 use kvortex_mem::span::{Pages, Pattern, Region, Segment};
 
-const SLOTS: usize = 16;
+const SLOTS: usize = 8;
 const SLOT_BYTES: usize = 1 << 20;
 
 fn load() -> Transfer {
@@ -68,7 +68,7 @@ fn exit_of(child: libc::pid_t, patience: Duration) -> Option<i32> {
 /// Forks while the engine's threads copy, so that its locks are likely to be held.
 #[test]
 fn a_forked_child_is_told_and_never_waits() {
-    for round in 0..40 {
+    for round in 0..25 {
         let engine = HostCopy::new(3);
         let (sender, receiver) = mpsc::channel();
         for _ in 0..3 {
@@ -76,7 +76,7 @@ fn a_forked_child_is_told_and_never_waits() {
             engine.submit(load(), Box::new(move |result| sender.send(result).unwrap())).unwrap();
         }
         let transfers = [load(), load()];
-        std::thread::sleep(Duration::from_micros(round * 37));
+        std::thread::sleep(Duration::from_micros(round * 31));
         // SAFETY: the child calls only code that must work after a fork, and ends without unwinding or running exit handlers.
         match unsafe { libc::fork() } {
             0 => {

@@ -73,9 +73,10 @@ class Shifted(torch.nn.Module):
         super().__init__()
         self.base = base
         self.strength = 0.5
+        self.direction = torch.ones(1)  # a tensor that is neither parameter nor buffer
 
     def forward(self, states):
-        return self.base(states) + self.strength * states.mean(-1, keepdim=True)
+        return self.base(states) + self.strength * self.direction * states.mean(-1, keepdim=True)
 
 
 def add_an_adapter(model):
@@ -135,11 +136,16 @@ def test_a_change_taken_back_finds_the_old_kv(llama):
     assert reused(llama) == 48
 
 
-def test_an_adapter_whose_strength_changes(llama):
+def test_an_adapter_that_is_turned_and_taken_off(llama):
+    attention = llama.model.model.layers[0].self_attn
     add_an_adapter(llama.model)
     assert reused(llama) == 0
-    llama.model.model.layers[0].self_attn.k_proj.strength = 0.25
+    attention.k_proj.strength = 0.25
     assert reused(llama) == 0
+    attention.k_proj.direction.neg_()
+    assert reused(llama) == 0
+    attention.k_proj = attention.k_proj.base
+    assert reused(llama) == 48
 
 
 def test_an_edit_through_data_needs_refresh(llama):

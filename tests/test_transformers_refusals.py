@@ -79,6 +79,20 @@ def test_right_padding_that_only_transformers_can_see(engine):
         shared_model().generate(batch, **GREEDY)
 
 
+def test_a_cache_that_is_not_the_one_of_the_first_look(engine, monkeypatch):
+    class Other(transformers.DynamicCache):
+        pass
+
+    def prepare(_config, inputs, *_):
+        inputs["past_key_values"] = Other()
+
+    model = shared_model()
+    with attach(model, engine):
+        monkeypatch.setitem(vars(model), "_prepare_cache_for_generation", prepare)
+        with pytest.raises(kvortex.UnsupportedError, match="the cache class Other"):
+            model.generate(text(50), **GREEDY)
+
+
 def test_settings_of_the_model_count_as_those_of_the_call(engine):
     model = new_model()
     model.generation_config = GenerationConfig(num_beams=3, **GREEDY)

@@ -281,7 +281,7 @@ def refuse_cache(cache: Any) -> None:
     if cache is None:
         refuse("a model that brings its own cache", "use a full-attention text model")
     if type(cache) is not DynamicCache or cache.offloading:
-        refuse(f"a {type(cache).__name__}", 'leave cache_implementation unset (or "dynamic")')
+        refuse(f"the cache class {type(cache).__name__}", 'leave cache_implementation unset (or "dynamic")')
     for number, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             refuse(f"layer {number} with a {type(layer).__name__}", "use a model whose layers all have full attention")

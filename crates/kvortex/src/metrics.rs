@@ -46,7 +46,7 @@ fn bucket_of(nanos: u64) -> usize {
 /// The largest value that falls into a bucket, in nanoseconds.
 fn upper_end(bucket: usize) -> f64 {
     let (power, step) = (bucket as u64 / STEPS, bucket as u64 % STEPS);
-    (STEPS + step + 1) as f64 * (power as f64 - 3.0).exp2()
+    (STEPS + step + 1) as f64 * (1_u64 << power) as f64 / STEPS as f64
 }
 
 impl Histogram {

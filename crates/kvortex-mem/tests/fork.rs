@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -13,21 +14,35 @@ use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::slots::SlotId;
 use kvortex_mem::span::{Pages, Pattern, Region, Segment};
 
-const SLOTS: usize = 8;
-const SLOT_BYTES: usize = 1 << 20;
+const SLOT_BYTES: usize = 4096;
+const SLOTS: usize = 1024;
 
-fn load() -> Transfer {
-    let options = MapOptions { bytes: SLOTS * SLOT_BYTES, huge_pages: false, numa_node: None, touch_threads: 0 };
-    let arena = Arena::cut(HostMemory::map(&options).unwrap(), SLOT_BYTES).unwrap();
-    let region = Region::from_vec(vec![0; SLOTS * SLOT_BYTES]);
-    let pattern = Arc::new(Pattern::contiguous(SLOT_BYTES));
-    let table = Segment::Table { region, pattern, first: 0, stride: SLOT_BYTES as isize, count: SLOTS };
-    let steps = (0..SLOTS as u32).map(|index| Step { slot: SlotId(index), page: index }).collect();
-    Transfer::new(Direction::Load, Arc::new(arena), steps, Pages::new(vec![table]).unwrap()).unwrap()
+/// Memory that transfers of any number of pages share.
+struct Memory {
+    arena: Arc<Arena>,
+    region: Region,
+}
+
+impl Memory {
+    fn new() -> Memory {
+        let bytes = SLOTS * SLOT_BYTES;
+        let options = MapOptions { bytes, huge_pages: false, numa_node: None, touch_threads: 1 };
+        let arena = Arena::cut(HostMemory::map(&options).unwrap(), SLOT_BYTES).unwrap();
+        Memory { arena: Arc::new(arena), region: Region::from_vec(vec![0; bytes]) }
+    }
+
+    /// A store of the first `count` pages of 64 bytes or of a whole slot.
+    fn store(&self, count: usize, page_bytes: usize) -> Transfer {
+        let (region, pattern) = (self.region.clone(), Arc::new(Pattern::contiguous(page_bytes)));
+        let table = Segment::Table { region, pattern, first: 0, stride: SLOT_BYTES as isize, count };
+        let steps = (0..count as u32).map(|index| Step { slot: SlotId(index), page: index }).collect();
+        let pages = Pages::new(vec![table]).unwrap();
+        Transfer::new(Direction::Store, Arc::clone(&self.arena), steps, pages).unwrap()
+    }
 }
 
 /// What the child saw, as its exit status: 0 if every call told it that it is a child.
-fn in_child(engine: HostCopy, transfers: [Transfer; 2]) -> i32 {
+fn in_child(engine: &HostCopy, transfers: [Transfer; 2]) -> i32 {
     let [first, second] = transfers;
     let parent = std::os::unix::process::parent_id();
     let told = |result| matches!(result, Err(MemError::Forked { parent: named, .. }) if named == parent);
@@ -40,7 +55,8 @@ fn in_child(engine: HostCopy, transfers: [Transfer; 2]) -> i32 {
     if !engine.stop(Duration::from_secs(60)) {
         return 3;
     }
-    drop(engine);
+    // SAFETY: in the child nobody else has the engine, and the child ends before its owner could drop it again.
+    unsafe { std::ptr::drop_in_place(std::ptr::from_ref(engine).cast_mut()) };
     0
 }
 
@@ -65,31 +81,51 @@ fn exit_of(child: libc::pid_t, patience: Duration) -> Option<i32> {
     }
 }
 
-/// Forks while the engine's threads copy, so that its locks are likely to be held.
+fn fork_once(engine: &HostCopy, transfers: [Transfer; 2]) {
+    // SAFETY: the child calls only code that must work after a fork, and ends without unwinding or running exit handlers.
+    match unsafe { libc::fork() } {
+        0 => {
+            let status = in_child(engine, transfers);
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(status) };
+        }
+        -1 => panic!("cannot fork: {}", std::io::Error::last_os_error()),
+        child => assert_eq!(exit_of(child, Duration::from_secs(10)), Some(0)),
+    }
+}
+
+/// Sets a flag when it goes, also by a panic.
+struct Sets<'a>(&'a AtomicBool);
+
+impl Drop for Sets<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Forks while other threads copy as little and as often as they can, so that the engine's locks are often held.
 #[test]
 fn a_forked_child_is_told_and_never_waits() {
-    for round in 0..25 {
-        let engine = HostCopy::new(3);
-        let (sender, receiver) = mpsc::channel();
-        for _ in 0..3 {
-            let sender = sender.clone();
-            engine.submit(load(), Box::new(move |result| sender.send(result).unwrap())).unwrap();
+    let (memory, engine, over) = (Memory::new(), HostCopy::new(3), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let _over = Sets(&over);
+        for submits in [false, true] {
+            let (memory, engine, over) = (&memory, &engine, &over);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    if submits {
+                        let (sender, receiver) = mpsc::channel();
+                        let done = Box::new(move |result| sender.send(result).unwrap());
+                        engine.submit(memory.store(1, 64), done).unwrap();
+                        receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+                    }
+                    engine.run(memory.store(1, 64)).unwrap();
+                }
+            });
         }
-        let transfers = [load(), load()];
-        std::thread::sleep(Duration::from_micros(round * 31));
-        // SAFETY: the child calls only code that must work after a fork, and ends without unwinding or running exit handlers.
-        match unsafe { libc::fork() } {
-            0 => {
-                let status = in_child(engine, transfers);
-                // SAFETY: ends the child at once.
-                unsafe { libc::_exit(status) };
-            }
-            child => assert_eq!(exit_of(child, Duration::from_secs(20)), Some(0), "round {round}"),
+        for _ in 0..60 {
+            engine.run(memory.store(SLOTS, SLOT_BYTES)).unwrap();
+            fork_once(&engine, [memory.store(1, 64), memory.store(SLOTS, SLOT_BYTES)]);
         }
-        drop(transfers);
-        for _ in 0..3 {
-            receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
-        }
-        drop(engine);
-    }
+    });
 }

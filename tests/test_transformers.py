@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import kvortex
+import kvortex.transformers
 from kvortex.transformers import Reuse, attach
 from tiny_models import FAMILIES, PAD, left_padded, new_model, shared_model, text
 
@@ -410,6 +411,15 @@ def test_a_block_that_is_gone_at_the_load_is_computed(engine):
         for _ in range(2):
             assert torch.equal(model.generate(prompt, **GREEDY), plain(model, input_ids=prompt))
         assert attachment.stats.total.reused_tokens == 0
+
+
+def test_tokens_that_have_no_keys_are_computed(llama, monkeypatch, caplog):
+    refused = raising(kvortex.InvalidArgumentError("no such token"))
+    monkeypatch.setattr(kvortex.transformers, "KeyChain", refused)
+    prompt = text(50)
+    assert torch.equal(llama.model.generate(prompt, **GREEDY), plain(llama.model, input_ids=prompt))
+    assert "no such token" in caplog.text
+    assert llama.engine.get_stats()["saved_blocks"] == 0
 
 
 def test_blocks_that_are_lost_at_the_load_are_stored_again(engine):

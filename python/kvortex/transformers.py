@@ -269,11 +269,17 @@ class Attachment:
             return None
         pads = _left_padding(kwargs["input_ids"], kwargs.get("attention_mask"))
         _refuse_positions(kwargs.get("position_ids"), pads, kwargs["input_ids"].shape[1])
-        self._open(call, kwargs["input_ids"], pads.tolist())
-        columns = self._reuse(call, kwargs["past_key_values"])
+        try:
+            self._open(call, kwargs["input_ids"], pads.tolist())
+        except KVortexError as error:
+            self._warn("reused or stored", error)
+            return None
+        call.cache = kwargs["past_key_values"]
+        columns = self._reuse(call, call.cache)
         return args, _without_columns(kwargs, columns)
 
     def _open(self, call: _Call, input_ids: torch.Tensor, pads: list[int]) -> None:
+        """Note the rows of the prompt and the keys of their blocks."""
         call.columns = input_ids.shape[1]
         for pad, tokens in zip(pads, input_ids.cpu(), strict=True):
             chain = KeyChain(call.namespace, self.block_tokens)
@@ -283,7 +289,6 @@ class Attachment:
 
     def _reuse(self, call: _Call, cache: _Cache) -> int:
         """Fill the cache with the longest prefix that all rows have; how many columns that are."""
-        call.cache = cache
         try:
             columns = self._find(call)
             reused = sum(max(0, columns - row.pad) for row in call.rows)

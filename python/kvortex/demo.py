@@ -259,6 +259,8 @@ class _step:  # noqa: N801 - used as a statement
 def load(arguments: argparse.Namespace) -> Subject:
     """The model that was asked for, in fp32 on the CPU."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Threads that spin while they wait for each other take twice the time on a machine that has other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     path = None if arguments.random else arguments.model or fetch()
     with _step("importing torch and transformers"):
         from transformers import logging

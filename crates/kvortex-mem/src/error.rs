@@ -171,4 +171,50 @@ pub enum MemError {
     /// A thread could not be started.
     #[error("cannot start a copy thread: {0}; raise the limit on threads or use fewer")]
     Thread(#[source] io::Error),
+    /// There is no usable GPU.
+    #[error("no CUDA device {ordinal}: {reason}")]
+    NoDevice {
+        /// Number of the device asked for.
+        ordinal: u32,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A call of the GPU's driver failed; the device can still be used.
+    #[error("{call} failed with {name} ({code}){}{remedy}", if remedy.is_empty() { "" } else { "; " })]
+    Device {
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's name of the error.
+        name: String,
+        /// The driver's number of the error.
+        code: u32,
+        /// What to do; empty where nothing general can be said.
+        remedy: String,
+    },
+    /// An earlier fault ended the GPU's context: nothing on that GPU works any more in this process.
+    #[error("the GPU is lost to this process: {cause}; restart the process")]
+    DeviceLost {
+        /// The fault that ended it.
+        cause: String,
+    },
+    /// The GPU has no memory left.
+    #[error("out of GPU memory: {requested} bytes asked for, {free} of {total} free; free memory or ask for less")]
+    OutOfDeviceMemory {
+        /// Bytes asked for.
+        requested: usize,
+        /// Bytes that the device has free.
+        free: usize,
+        /// Bytes that the device has.
+        total: usize,
+    },
+    /// Memory in a place that the copy engine does not reach.
+    #[error("the memory is in {found}, and copies here reach {expected}; {remedy}")]
+    WrongPlace {
+        /// Where the memory is.
+        found: String,
+        /// What can be reached.
+        expected: String,
+        /// What to do.
+        remedy: &'static str,
+    },
 }

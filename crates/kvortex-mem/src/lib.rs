@@ -47,6 +47,7 @@
 
 pub mod arena;
 pub mod copy;
+pub mod device;
 pub mod error;
 pub mod map;
 pub mod numa;

@@ -6,6 +6,7 @@ use super::crew::{Accepted, Crew};
 use super::job::{Copier, Job, guarded};
 use super::{CopyEngine, Done, Transfer};
 use crate::error::MemError;
+use crate::span::reached_by_cpu;
 use crate::sync::{Arc, Condvar, Mutex};
 
 /// Transfers of at most this many bytes are copied by the thread that calls `run`, for waking another takes about as long as
@@ -71,6 +72,7 @@ impl HostCopy {
 impl CopyEngine for HostCopy {
     fn run(&self, transfer: Transfer) -> Result<(), MemError> {
         self.check_process()?;
+        reached_by_cpu(transfer.pages().place())?;
         if self.threads() == 1 || transfer.bytes() <= ALONE_BYTES {
             self.run_alone(transfer)
         } else {
@@ -80,6 +82,7 @@ impl CopyEngine for HostCopy {
 
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError> {
         self.check_process()?;
+        reached_by_cpu(transfer.pages().place())?;
         let accepted = Accepted::new(&self.crew)?;
         let report: Done = Box::new(move |result| {
             // Declared first, so that it is dropped last, also if `done` panics.
@@ -139,7 +142,8 @@ mod tests {
     use std::ops::Range;
     use std::sync::mpsc;
 
-    use crate::copy::suite::load;
+    use crate::copy::suite::{load, load_into};
+    use crate::span::{Place, Region};
 
     #[test]
     fn one_thread_conforms() {
@@ -154,6 +158,13 @@ mod tests {
     #[test]
     fn five_threads_conform() {
         suite::conforms(|| Arc::new(HostCopy::new(5)));
+    }
+
+    #[test]
+    fn memory_of_a_device_is_refused() {
+        let region = Region::from_vec(vec![0; 4096]).at(Place::Device(0));
+        let refused = HostCopy::new(1).run(load_into(&region));
+        assert!(matches!(refused, Err(MemError::WrongPlace { .. })), "{refused:?}");
     }
 
     fn panics(_: &Transfer, _: Range<usize>, _: Range<usize>) {

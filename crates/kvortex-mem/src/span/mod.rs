@@ -12,4 +12,5 @@ mod tests;
 
 pub use pages::{Pages, Piece, Segment};
 pub use pattern::{Pattern, Run};
-pub use region::Region;
+pub(crate) use region::reached_by_cpu;
+pub use region::{Place, Region};

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use super::overlap;
 use super::pattern::Pattern;
-use super::region::Region;
+use super::region::{Place, Region};
 use crate::error::MemError;
 use crate::sync::Arc;
 
@@ -49,6 +49,7 @@ pub struct Pages {
     segments: Box<[Placed]>,
     count: usize,
     page_bytes: usize,
+    place: Place,
     overlap: OnceLock<Option<(usize, usize)>>,
 }
 
@@ -139,7 +140,8 @@ impl Pages {
             placed.push(Placed { segment, start, bytes });
             start = start.checked_add(bytes).filter(|&sum| sum <= isize::MAX as usize).ok_or(TOO_LARGE)?;
         }
-        Ok(Pages { segments: placed.into(), count, page_bytes: start, overlap: OnceLock::new() })
+        let place = common_place(placed.iter().flat_map(|placed| placed.segment.regions()))?;
+        Ok(Pages { segments: placed.into(), count, page_bytes: start, place, overlap: OnceLock::new() })
     }
 
     /// `count` pages of equal size, one after the other, that fill `region`. Fails if they cannot.
@@ -164,6 +166,11 @@ impl Pages {
     /// Bytes of each page; 0 if there are no pages.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
+    }
+
+    /// Where the pages are.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// True if every page may be written.
@@ -222,6 +229,15 @@ impl Pages {
     pub(crate) fn regions(&self) -> impl Iterator<Item = &Region> {
         self.segments.iter().flat_map(|placed| placed.segment.regions())
     }
+}
+
+/// Where all of `regions` are; host memory if there are none.
+fn common_place<'a>(mut regions: impl Iterator<Item = &'a Region>) -> Result<Place, MemError> {
+    let place = regions.next().map_or(Place::Host, Region::place);
+    regions.map(Region::place).find(|&other| other != place).map_or(Ok(place), |other| {
+        let remedy = "pass pages that are all in one place";
+        Err(MemError::WrongPlace { found: other.to_string(), expected: place.to_string(), remedy })
+    })
 }
 
 const TOO_LARGE: MemError =

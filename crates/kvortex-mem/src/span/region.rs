@@ -7,6 +7,24 @@ use std::ptr::{self, NonNull};
 use crate::error::MemError;
 use crate::sync::Arc;
 
+/// Where memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Memory that the CPU reads and writes.
+    Host,
+    /// Memory of the device with this number.
+    Device(u32),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Host => write!(f, "host memory"),
+            Place::Device(ordinal) => write!(f, "memory of device {ordinal}"),
+        }
+    }
+}
+
 /// A range of memory and the object that keeps it alive; clones share it.
 ///
 /// Its bytes are only ever reached through raw pointers. Who may read or write them, and when, is a rule between the owner
@@ -21,6 +39,7 @@ struct Inner {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    place: Place,
     _owner: Box<dyn Any + Send + Sync>,
 }
 
@@ -36,11 +55,28 @@ impl Region {
     /// # Safety
     ///
     /// 1. The bytes `base .. base + len` are valid for reads, and for writes if `writable`, from any thread, until `owner` is
-    ///    dropped.
+    ///    dropped; if the region is then placed on a device ([`Region::at`]), valid for that device instead.
     /// 2. No Rust reference to these bytes is used while a transfer touches them.
     /// 3. `owner` may be dropped on any thread.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize, writable: bool, owner: Box<dyn Any + Send + Sync>) -> Region {
-        Region { inner: Arc::new(Inner { base, len, writable, _owner: owner }) }
+        Region { inner: Arc::new(Inner { base, len, writable, place: Place::Host, _owner: owner }) }
+    }
+
+    /// The same memory said to be at `place`.
+    ///
+    /// # Panics
+    ///
+    /// If the region has clones.
+    #[must_use]
+    pub fn at(self, place: Place) -> Region {
+        let mut inner = Arc::into_inner(self.inner).expect("a region is placed before it is shared");
+        inner.place = place;
+        Region { inner: Arc::new(inner) }
+    }
+
+    /// Where the memory is.
+    pub fn place(&self) -> Place {
+        self.inner.place
     }
 
     /// A writable region that owns the bytes of `bytes`.
@@ -80,7 +116,12 @@ impl Region {
     }
 
     /// A copy of all its bytes. No transfer may be writing them.
+    ///
+    /// # Panics
+    ///
+    /// If it is not host memory.
     pub fn to_vec(&self) -> Vec<u8> {
+        assert_eq!(self.place(), Place::Host, "the CPU cannot read it");
         let mut out = vec![0; self.inner.len];
         // SAFETY: both ranges have `len` bytes; `out` is new, so they do not overlap; the owner is alive.
         unsafe { ptr::copy_nonoverlapping(self.base(), out.as_mut_ptr(), out.len()) };
@@ -92,6 +133,7 @@ impl Region {
         if !self.inner.writable {
             return Err(MemError::ReadOnly);
         }
+        reached_by_cpu(self.place())?;
         let (start, len) = (offset as i128, self.inner.len);
         let end = start + bytes.len() as i128;
         if end > len as i128 {
@@ -107,10 +149,19 @@ impl Region {
     }
 }
 
+/// Fails for memory that the CPU cannot reach.
+pub(crate) fn reached_by_cpu(place: Place) -> Result<(), MemError> {
+    if place == Place::Host {
+        return Ok(());
+    }
+    let remedy = "make the engine with device=\"cuda\", or pass memory of the CPU";
+    Err(MemError::WrongPlace { found: place.to_string(), expected: Place::Host.to_string(), remedy })
+}
+
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let access = if self.inner.writable { "rw" } else { "ro" };
-        write!(f, "Region({:#x} + {} {access})", self.addr(), self.inner.len)
+        write!(f, "Region({:#x} + {} {access}, {})", self.addr(), self.inner.len, self.inner.place)
     }
 }
 

@@ -19,7 +19,12 @@ const SIZES: [usize; 2] = [4096, 6 << 20];
 
 /// A load of `bytes` into new memory.
 pub(in crate::copy) fn load(bytes: usize) -> Transfer {
-    marked_load(&Region::from_vec(vec![0; bytes]), bytes.min(256 << 10), 0).0
+    load_into(&Region::from_vec(vec![0; bytes]))
+}
+
+/// A load into all of `region`.
+pub(in crate::copy) fn load_into(region: &Region) -> Transfer {
+    marked_load(region, region.len().min(256 << 10), 0).0
 }
 
 /// Counts how often it is called.

@@ -15,7 +15,7 @@ use crate::error::MemError;
 use crate::sync::Arc;
 
 #[cfg(test)]
-pub(super) use life::load;
+pub(super) use life::{load, load_into};
 
 type Engine = Arc<dyn CopyEngine>;
 

@@ -37,6 +37,13 @@ pub enum Pinned {
         /// Why.
         reason: String,
     },
+    /// Page-locked for this device.
+    Yes {
+        /// Number of the device.
+        device: u32,
+        /// Registered in pieces of this size, counted from the first byte; no single copy may reach into two.
+        piece_bytes: usize,
+    },
 }
 
 /// A private anonymous mapping, zeroed, given back to the system on drop.
@@ -103,6 +110,12 @@ impl HostMemory {
     /// Whether the memory is pinned for a GPU.
     pub fn pinned(&self) -> Pinned {
         Pinned::No { reason: "no CUDA device: plain memory".to_owned() }
+    }
+
+    /// STUB
+    pub fn pin(&mut self, device: &std::sync::Arc<dyn crate::device::Device>, threads: usize) -> Result<(), MemError> {
+        let _ = threads;
+        unsafe { device.register(self.addr, self.len) }
     }
 
     fn advise_huge_pages(&self) {

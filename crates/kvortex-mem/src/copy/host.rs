@@ -112,18 +112,18 @@ impl Drop for HostCopy {
 
 /// The result of a transfer that its caller waits for.
 #[derive(Default)]
-struct Outcome {
+pub(super) struct Outcome {
     result: Mutex<Option<Result<(), MemError>>>,
     ready: Condvar,
 }
 
 impl Outcome {
-    fn set(&self, result: Result<(), MemError>) {
+    pub(super) fn set(&self, result: Result<(), MemError>) {
         *self.result.lock() = Some(result);
         self.ready.notify_one();
     }
 
-    fn wait(&self) -> Result<(), MemError> {
+    pub(super) fn wait(&self) -> Result<(), MemError> {
         let mut result = self.result.lock();
         loop {
             match result.take() {

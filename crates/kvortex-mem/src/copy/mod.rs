@@ -1,19 +1,27 @@
 //! Moving bytes between engine pages and arena slots.
 
+mod by_place;
 mod crew;
+#[cfg(not(shuttle))]
+pub mod gpu;
 mod host;
 mod job;
+#[cfg(not(shuttle))]
+mod scoreboard;
 mod stream;
 #[cfg(any(test, feature = "suite"))]
 pub mod suite;
 mod transfer;
 
+pub use by_place::ByPlace;
 pub use host::HostCopy;
 pub use transfer::{Direction, Step, Transfer, check_targets};
 
 use std::time::Duration;
 
+use crate::device::RawStream;
 use crate::error::MemError;
+use crate::span::Pages;
 
 /// Called once with what came of a submitted transfer.
 pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
@@ -45,6 +53,15 @@ pub trait CopyEngine: Send + Sync {
     /// if all of it has ended, its `done` calls included. What has not goes on; calling again waits again. Called from
     /// within a `done` it waits in vain for that one.
     fn stop(&self, deadline: Duration) -> bool;
+
+    /// Makes what `stream` is given from now on wait for every unfinished copy that reads or writes `pages`, which are about to
+    /// be written. The host does not wait.
+    fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError> {
+        let _ = stream;
+        let remedy = "wait for the tickets of copies of host memory";
+        let (found, expected) = (pages.place().to_string(), "memory of a device".to_owned());
+        Err(MemError::WrongPlace { found, expected, remedy })
+    }
 
     /// A short name for logs and statistics.
     fn name(&self) -> &'static str;

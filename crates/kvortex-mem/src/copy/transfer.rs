@@ -59,6 +59,9 @@ impl Transfer {
         let transfer = Transfer { direction, arena, steps, pages };
         transfer.check_sizes()?;
         transfer.check_steps()?;
+        if let Some(parts) = &transfer.pages.order().parts {
+            parts.ranges(transfer.pages.page_bytes())?;
+        }
         if direction == Direction::Load && !transfer.steps.is_empty() {
             check_targets(&transfer.pages, &transfer.arena)?;
         }
@@ -88,6 +91,13 @@ impl Transfer {
     /// Bytes that will be copied.
     pub fn bytes(&self) -> usize {
         self.steps.len() * self.pages.page_bytes()
+    }
+
+    /// As [`Transfer::steps`], sorted by slot, so that neighbours in the arena follow each other.
+    pub(super) fn sort_by_slot(&mut self) {
+        if !self.steps.is_sorted_by_key(|step| step.slot) {
+            self.steps.sort_unstable_by_key(|step| step.slot);
+        }
     }
 
     fn check_sizes(&self) -> Result<(), MemError> {

@@ -5,12 +5,14 @@
 
 mod overlap;
 mod pages;
+mod parts;
 mod pattern;
 mod region;
 #[cfg(test)]
 mod tests;
 
 pub use pages::{Pages, Piece, Segment};
+pub use parts::Parts;
 pub use pattern::{Pattern, Run};
 pub(crate) use region::reached_by_cpu;
 pub use region::{Place, Region};

@@ -4,8 +4,10 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::overlap;
+use super::parts::Parts;
 use super::pattern::Pattern;
 use super::region::{Place, Region};
+use crate::device::RawStream;
 use crate::error::MemError;
 use crate::sync::Arc;
 
@@ -50,7 +52,19 @@ pub struct Pages {
     count: usize,
     page_bytes: usize,
     place: Place,
+    order: Order,
     overlap: OnceLock<Option<(usize, usize)>>,
+}
+
+/// When a transfer on a device may touch its pages, and how urgent it is. Copies by the CPU have no use for it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Order {
+    /// The stream of the pages' owner.
+    pub(crate) stream: Option<RawStream>,
+    /// Others go first.
+    pub(crate) background: bool,
+    /// Completion in several steps.
+    pub(crate) parts: Option<Arc<Parts>>,
 }
 
 /// A segment and where in the page its pieces lie.
@@ -71,7 +85,7 @@ impl Segment {
     }
 
     /// Base address (it may lie outside the region where strides are negative) and pattern of piece `index`.
-    pub(super) fn piece(&self, index: usize) -> (*mut u8, &Arc<Pattern>) {
+    pub(crate) fn piece(&self, index: usize) -> (*mut u8, &Arc<Pattern>) {
         match self {
             Segment::Table { region, pattern, first, stride, .. } => {
                 // No overflow: `Pages::new` has checked the first and the last piece.
@@ -141,7 +155,14 @@ impl Pages {
             start = start.checked_add(bytes).filter(|&sum| sum <= isize::MAX as usize).ok_or(TOO_LARGE)?;
         }
         let place = common_place(placed.iter().flat_map(|placed| placed.segment.regions()))?;
-        Ok(Pages { segments: placed.into(), count, page_bytes: start, place, overlap: OnceLock::new() })
+        Ok(Pages {
+            segments: placed.into(),
+            count,
+            page_bytes: start,
+            place,
+            order: Order::default(),
+            overlap: OnceLock::new(),
+        })
     }
 
     /// `count` pages of equal size, one after the other, that fill `region`. Fails if they cannot.
@@ -166,6 +187,43 @@ impl Pages {
     /// Bytes of each page; 0 if there are no pages.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
+    }
+
+    /// The same pages, to be touched in the order of their owner's `stream`: a transfer waits for what the stream was given
+    /// before it was submitted, and what the stream is given after a load was submitted waits for that load, unless it is one
+    /// [in the background](Pages::in_background) or [in parts](Pages::in_parts).
+    #[must_use]
+    pub fn in_stream(mut self, stream: RawStream) -> Pages {
+        self.order.stream = Some(stream);
+        self
+    }
+
+    /// The same pages, to be loaded when no other load is waiting, a little at a time. No stream waits for the end.
+    #[must_use]
+    pub fn in_background(mut self) -> Pages {
+        self.order.background = true;
+        self
+    }
+
+    /// The same pages, to be loaded part by part: [`Parts::hold`] makes a stream wait for one of them.
+    #[must_use]
+    pub fn in_parts(mut self, parts: Arc<Parts>) -> Pages {
+        self.order.parts = Some(parts);
+        self
+    }
+
+    /// The stream of the pages' owner, if one was named.
+    pub fn stream(&self) -> Option<RawStream> {
+        self.order.stream
+    }
+
+    pub(crate) fn order(&self) -> &Order {
+        &self.order
+    }
+
+    /// The segments, each with the range of a page's bytes that its pieces make up.
+    pub(crate) fn segments(&self) -> impl Iterator<Item = (&Segment, Range<usize>)> {
+        self.segments.iter().map(|placed| (&placed.segment, placed.start..placed.start + placed.bytes))
     }
 
     /// Where the pages are.

@@ -109,7 +109,7 @@ impl Pattern {
     }
 
     /// Calls `f` with the offset from the base and the length of each fragment of the piece's bytes `range`.
-    pub(super) fn for_each_in(&self, range: Range<usize>, mut f: impl FnMut(isize, usize)) {
+    pub(crate) fn for_each_in(&self, range: Range<usize>, mut f: impl FnMut(isize, usize)) {
         let (mut index, mut skip) = self.locate(range.start);
         let mut left = range.len();
         while left > 0 {

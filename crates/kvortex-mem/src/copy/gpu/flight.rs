@@ -1,0 +1,122 @@
+//! Requests, the lanes they wait in, and the flights that carry them.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::pilot::Started;
+use super::stock::TableMemory;
+use crate::copy::{Direction, Done, Transfer};
+use crate::device::Event;
+use crate::error::MemError;
+use crate::span::Parts;
+use crate::sync::Arc;
+
+/// What is given to the device of one request in one flight.
+pub(super) struct Load<'a> {
+    pub(super) transfer: &'a Transfer,
+    pub(super) steps: Range<usize>,
+    /// What must have passed before the pages are touched.
+    pub(super) after: &'a [Arc<Event>],
+}
+
+impl Load<'_> {
+    pub(super) fn parts(&self) -> Option<&Arc<Parts>> {
+        self.transfer.pages().order().parts.as_ref()
+    }
+}
+
+/// Which requests go in order of their tickets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// Stores.
+    Store,
+    /// Loads that somebody waits for.
+    Load,
+    /// Loads in the background.
+    Background,
+}
+
+impl Lane {
+    /// All of them.
+    pub const ALL: [Lane; 3] = [Lane::Store, Lane::Load, Lane::Background];
+
+    pub(super) fn of(transfer: &Transfer) -> Lane {
+        match (transfer.direction(), transfer.pages().order().background) {
+            (Direction::Store, _) => Lane::Store,
+            (Direction::Load, false) => Lane::Load,
+            (Direction::Load, true) => Lane::Background,
+        }
+    }
+
+    /// Flights in the air at once; further requests wait, and are carried together.
+    pub(super) fn flights(self) -> usize {
+        match self {
+            Lane::Load => 8,
+            Lane::Store | Lane::Background => 2,
+        }
+    }
+
+    /// The most bytes of one flight; one request of the store and load lanes may be larger.
+    pub(super) fn flight_bytes(self) -> usize {
+        match self {
+            Lane::Background => 16 << 20,
+            Lane::Store | Lane::Load => 128 << 20,
+        }
+    }
+}
+
+/// The most requests of one flight.
+pub(super) const FLIGHT_REQUESTS: usize = 32;
+
+/// One accepted transfer.
+pub(super) struct Request {
+    pub(super) id: u64,
+    pub(super) lane: Lane,
+    pub(super) transfer: Transfer,
+    pub(super) done: Done,
+    /// Earlier requests that must be given to the device before this one.
+    pub(super) earlier: Vec<u64>,
+    /// What must have passed before the pages are touched.
+    pub(super) after: Vec<Arc<Event>>,
+    /// Steps that were given to the device.
+    pub(super) started: usize,
+    /// What the last flight of this request ends with, once all steps were given to the device.
+    pub(super) ends: Vec<Arc<Event>>,
+    pub(super) failure: Option<Failure>,
+}
+
+/// Why a request failed; several may share a flight.
+pub(super) type Failure = Arc<MemError>;
+
+impl Request {
+    pub(super) fn is_started(&self) -> bool {
+        self.started == self.transfer.steps().len() || self.failure.is_some()
+    }
+
+    /// The steps that go next, at most `bytes` of them, but at least one.
+    pub(super) fn next_steps(&self, bytes: usize) -> Range<usize> {
+        let count = (bytes / self.transfer.pages().page_bytes().max(1)).max(1);
+        self.started..self.transfer.steps().len().min(self.started + count)
+    }
+}
+
+/// Something given to the device.
+pub(super) struct Flight {
+    /// The requests whose last steps it carries.
+    pub(super) last_of: Vec<u64>,
+    pub(super) ends: Vec<Arc<Event>>,
+    pub(super) tables: Option<TableMemory>,
+}
+
+impl Flight {
+    pub(super) fn new(started: Started, last_of: Vec<u64>) -> Flight {
+        Flight { last_of, ends: started.ends, tables: started.tables }
+    }
+}
+
+/// One lane: ids of requests that wait, oldest first, and what is in the air.
+#[derive(Default)]
+pub(super) struct Queue {
+    pub(super) waiting: VecDeque<u64>,
+    pub(super) flying: VecDeque<Flight>,
+}

@@ -1,0 +1,97 @@
+//! Which way to copy, from what was measured on this link.
+
+/// A way to copy between paged device memory and slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// The copy engine, one copy for each stretch of bytes that continue each other on both sides.
+    Dma,
+    /// The copy kernel, straight between pages and pinned slots.
+    Kernel,
+    /// The copy kernel between pages and device memory, the copy engine between that and the slots.
+    Staged,
+}
+
+impl Method {
+    /// All of them.
+    pub const ALL: [Method; 3] = [Method::Dma, Method::Kernel, Method::Staged];
+
+    /// Its name in configuration and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Dma => "dma",
+            Method::Kernel => "kernel",
+            Method::Staged => "staged",
+        }
+    }
+}
+
+/// What one direction of a link does. Speeds are in bytes per microsecond.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// One long copy.
+    pub link: f64,
+    /// The copy kernel on pinned memory.
+    pub kernel: f64,
+    /// Microseconds that each copy of the copy engine costs beyond its bytes.
+    pub copy_us: f64,
+    /// Microseconds that a staged transfer costs beyond its bytes, a filled and a drained buffer among them.
+    pub staged_us: f64,
+}
+
+/// What the link of a device does, both ways.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Profile {
+    /// From the device.
+    pub store: Rates,
+    /// To the device.
+    pub load: Rates,
+}
+
+impl Profile {
+    /// Measured on one H100 with PCIe 5 x16, 2026-11; used until this machine was measured.
+    pub const ASSUMED: Profile = Profile {
+        store: Rates { link: 55_100.0, kernel: 52_200.0, copy_us: 2.3, staged_us: 30.0 },
+        load: Rates { link: 54_600.0, kernel: 50_300.0, copy_us: 2.6, staged_us: 30.0 },
+    };
+}
+
+/// What matters of a transfer for the choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) bytes: usize,
+    /// Copies that the copy engine would make straight between pages and slots.
+    pub(super) fragments: usize,
+    /// Copies that it would make between staging and slots.
+    pub(super) slots: usize,
+    /// Bytes of one staging buffer.
+    pub(super) half: usize,
+}
+
+impl Rates {
+    /// Microseconds that `method` is expected to take.
+    pub(super) fn cost(&self, method: Method, shape: &Shape) -> f64 {
+        let bytes = shape.bytes as f64;
+        match method {
+            Method::Dma => self.engine_time(bytes, shape.fragments),
+            Method::Kernel => KERNEL_US + bytes / self.kernel,
+            Method::Staged => self.staged_us + self.engine_time(bytes, shape.slots),
+        }
+    }
+
+    /// The copy engine prepares a copy while the one before is on its way, as far as that takes long enough.
+    fn engine_time(&self, bytes: f64, copies: usize) -> f64 {
+        bytes / self.link + self.copy_us * copies as f64 * HIDDEN
+    }
+}
+
+/// What a launch takes beyond its bytes.
+const KERNEL_US: f64 = 6.0;
+
+/// The share of a copy's own cost that is not hidden behind its neighbour's bytes.
+const HIDDEN: f64 = 1.0;
+
+/// The method with the least expected time; without mapped memory only the copy engine reaches the slots.
+pub(super) fn choose(rates: &Rates, shape: &Shape, maps_host: bool) -> Method {
+    let allowed = Method::ALL.into_iter().filter(|&method| maps_host || method != Method::Kernel);
+    allowed.min_by(|&a, &b| rates.cost(a, shape).total_cmp(&rates.cost(b, shape))).unwrap_or(Method::Dma)
+}

@@ -1,0 +1,428 @@
+//! A transfer as the device will execute it: tables for the kernel, and operations on streams. Nothing here calls a device.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::method::{Method, Shape};
+use super::streams::Role;
+use crate::copy::{Direction, Step, Transfer};
+use crate::device::{ITEM_BYTES, Item, Row};
+use crate::map::Pinned;
+use crate::span::{Pattern, Segment};
+use crate::sync::Arc;
+
+/// One operation. Table offsets are in words of 8 bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Op {
+    Launch {
+        on: Role,
+        rows: Table,
+        items: Table,
+        to_slots: bool,
+        local: bool,
+    },
+    Copy {
+        on: Role,
+        to: usize,
+        from: usize,
+        bytes: usize,
+    },
+    /// `then` waits for what `first` was given.
+    Order {
+        first: Role,
+        then: Role,
+    },
+    /// `on` waits until the staging buffer was drained.
+    Claim {
+        on: Role,
+        half: usize,
+    },
+    /// What `on` was given drains the staging buffer.
+    Release {
+        on: Role,
+        half: usize,
+    },
+    /// A part of the load is complete once `on` has come here.
+    Part {
+        on: Role,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) start: usize,
+    pub(super) count: usize,
+}
+
+/// The staging buffers of one direction.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Halves {
+    /// Device addresses of the buffers.
+    pub(super) addrs: [usize; 2],
+    pub(super) bytes: usize,
+    /// The one to be used next.
+    pub(super) next: usize,
+}
+
+/// What a flight gives to the device: tables of all its transfers, and their operations.
+#[derive(Debug, Default)]
+pub(super) struct Program {
+    pub(super) words: Vec<u64>,
+    pub(super) ops: Vec<Op>,
+    /// Row tables that were written already.
+    rows: HashMap<RowKey, Table>,
+}
+
+/// Rows are the same for segments whose pages lie at the same distances.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct RowKey {
+    distances: Distances,
+    steps: (usize, usize),
+    /// The staging buffer, or the slots.
+    half: Option<(usize, usize)>,
+    transfer: usize,
+}
+
+/// How far the pages of a segment lie from where its items say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Distances {
+    /// As in every table of this stride.
+    Stride(isize),
+    /// As this segment says, for the pieces of this pattern.
+    Own(usize, usize),
+}
+
+/// The part of a transfer that is given to the device in one go.
+#[derive(Debug, Clone)]
+pub(super) struct Task<'a> {
+    pub(super) transfer: &'a Transfer,
+    pub(super) steps: Range<usize>,
+    pub(super) method: Method,
+}
+
+/// What one launch or one staging buffer takes.
+#[derive(Debug, Clone)]
+struct Cut {
+    steps: Range<usize>,
+    bytes: Range<usize>,
+}
+
+impl Task<'_> {
+    fn to_slots(&self) -> bool {
+        self.transfer.direction() == Direction::Store
+    }
+
+    fn steps(&self, range: &Range<usize>) -> &[Step] {
+        &self.transfer.steps()[range.clone()]
+    }
+
+    fn slot_addr(&self, step: &Step) -> usize {
+        let arena = self.transfer.arena();
+        arena.memory().addr().as_ptr() as usize + step.slot.0 as usize * arena.stride()
+    }
+
+    /// The stream that touches the pages.
+    pub(super) fn page_role(&self) -> Role {
+        match (self.method, self.to_slots()) {
+            (Method::Staged, true) => Role::Gather,
+            (Method::Staged, false) => Role::Scatter,
+            _ => self.slot_role(),
+        }
+    }
+
+    /// The stream that touches the slots.
+    pub(super) fn slot_role(&self) -> Role {
+        if self.to_slots() { Role::Store } else { Role::Load }
+    }
+
+    /// The stream that comes last.
+    pub(super) fn end_role(&self) -> Role {
+        if self.to_slots() { Role::Store } else { self.page_role() }
+    }
+}
+
+impl Program {
+    /// Adds the bytes `ranges` of each page of `task`, one range after the other; each is marked as a part if `parts`.
+    pub(super) fn add(&mut self, task: &Task<'_>, ranges: &[Range<usize>], parts: bool, halves: &mut Halves) {
+        for range in ranges {
+            let whole = Cut { steps: task.steps.clone(), bytes: range.clone() };
+            match task.method {
+                Method::Dma => self.add_copies(task, &whole),
+                Method::Kernel => self.add_launches(task, &whole, None),
+                Method::Staged => self.add_staged(task, &whole, halves),
+            }
+            if parts {
+                self.ops.push(Op::Part { on: task.page_role() });
+            }
+        }
+    }
+
+    fn add_copies(&mut self, task: &Task<'_>, cut: &Cut) {
+        let (on, pages) = (task.slot_role(), task.transfer.pages());
+        let mut copies = Copies::new(task);
+        for step in task.steps(&cut.steps) {
+            let mut slot = task.slot_addr(step) + cut.bytes.start;
+            pages.for_each_run_in(step.page as usize, cut.bytes.clone(), |page, len| {
+                copies.push(page as usize, slot, len);
+                slot += len;
+            });
+        }
+        let to_slots = task.to_slots();
+        self.ops.extend(copies.end().into_iter().map(|(page, slot, bytes)| {
+            let (to, from) = if to_slots { (slot, page) } else { (page, slot) };
+            Op::Copy { on, to, from, bytes }
+        }));
+    }
+
+    fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
+        let (page, slot) = (task.page_role(), task.slot_role());
+        for cut in cuts(whole, halves.bytes) {
+            let half = halves.next;
+            halves.next ^= 1;
+            let (first, last) = if task.to_slots() { (page, slot) } else { (slot, page) };
+            self.ops.push(Op::Claim { on: first, half });
+            if task.to_slots() {
+                self.add_launches(task, &cut, Some(halves.addrs[half]));
+                self.ops.push(Op::Order { first, then: last });
+                self.add_slot_copies(task, &cut, halves.addrs[half]);
+            } else {
+                self.add_slot_copies(task, &cut, halves.addrs[half]);
+                self.ops.push(Op::Order { first, then: last });
+                self.add_launches(task, &cut, Some(halves.addrs[half]));
+            }
+            self.ops.push(Op::Release { on: last, half });
+        }
+    }
+
+    /// Copies between a staging buffer, where pages follow each other, and the slots.
+    fn add_slot_copies(&mut self, task: &Task<'_>, cut: &Cut, buffer: usize) {
+        let (on, len) = (task.slot_role(), cut.bytes.len());
+        let mut copies = Copies::new(task);
+        for (index, step) in task.steps(&cut.steps).iter().enumerate() {
+            copies.push(buffer + index * len, task.slot_addr(step) + cut.bytes.start, len);
+        }
+        let to_slots = task.to_slots();
+        self.ops.extend(copies.end().into_iter().map(|(staged, slot, bytes)| {
+            let (to, from) = if to_slots { (slot, staged) } else { (staged, slot) };
+            Op::Copy { on, to, from, bytes }
+        }));
+    }
+
+    /// Launches between the pages and the slots, or a staging buffer.
+    fn add_launches(&mut self, task: &Task<'_>, cut: &Cut, buffer: Option<usize>) {
+        // Where a page's byte 0 would lie in the buffer: its items count from there.
+        let target = buffer.map(|addr| (addr.wrapping_sub(cut.bytes.start), cut.bytes.len()));
+        for (distances, items) in groups(task, cut) {
+            let key = RowKey {
+                distances: distances.key(),
+                steps: (cut.steps.start, cut.steps.end),
+                half: target,
+                transfer: std::ptr::from_ref(task.transfer) as usize,
+            };
+            let rows = match self.rows.get(&key) {
+                Some(&rows) => rows,
+                None => *self.rows.entry(key).or_insert(write_rows(&mut self.words, task, &distances, cut, target)),
+            };
+            if rows.count > 0 {
+                let items = write_items(&mut self.words, &items);
+                let (on, to_slots) = (task.page_role(), task.to_slots());
+                self.ops.push(Op::Launch { on, rows, items, to_slots, local: buffer.is_some() });
+            }
+        }
+    }
+}
+
+/// Where the rows of a group come from.
+enum Rows<'a> {
+    Stride(isize),
+    /// Pieces of this segment that have this pattern.
+    Own(&'a Segment, &'a Arc<Pattern>),
+}
+
+impl Rows<'_> {
+    fn key(&self) -> Distances {
+        match self {
+            Rows::Stride(stride) => Distances::Stride(*stride),
+            Rows::Own(segment, pattern) => {
+                Distances::Own(std::ptr::from_ref(*segment) as usize, Arc::as_ptr(pattern) as usize)
+            }
+        }
+    }
+
+    /// What the row of page `index` adds; `None` if it is not of this group.
+    fn distance(&self, index: usize) -> Option<u64> {
+        match self {
+            Rows::Stride(stride) => Some((stride * index as isize) as u64),
+            Rows::Own(segment, pattern) => {
+                let (base, own) = segment.piece(index);
+                Arc::ptr_eq(own, pattern).then_some(base as u64)
+            }
+        }
+    }
+}
+
+/// The items of all segments, those together whose pages lie at the same distances.
+fn groups<'a>(task: &Task<'a>, cut: &Cut) -> Vec<(Rows<'a>, Vec<Item>)> {
+    let mut groups: Vec<(Rows<'a>, Vec<Item>)> = Vec::new();
+    for (segment, range) in task.transfer.pages().segments() {
+        let wanted = cut.bytes.start.max(range.start)..cut.bytes.end.min(range.end);
+        if wanted.is_empty() || segment.count() == 0 {
+            continue;
+        }
+        let inner = wanted.start - range.start..wanted.end - range.start;
+        match segment {
+            Segment::Table { stride, .. } => {
+                let (base, pattern) = segment.piece(0);
+                let same = |rows: &Rows<'_>| matches!(rows, Rows::Stride(other) if other == stride);
+                let index = groups.iter().position(|(rows, _)| same(rows)).unwrap_or_else(|| {
+                    groups.push((Rows::Stride(*stride), Vec::new()));
+                    groups.len() - 1
+                });
+                push_items(&mut groups[index].1, base as u64, pattern, (inner, wanted.start));
+            }
+            _ => {
+                for pattern in patterns(task.steps(&cut.steps), segment) {
+                    let mut items = Vec::new();
+                    push_items(&mut items, 0, pattern, (inner.clone(), wanted.start));
+                    groups.push((Rows::Own(segment, pattern), items));
+                }
+            }
+        }
+    }
+    groups
+}
+
+/// The patterns of the pieces that `steps` name.
+fn patterns<'a>(steps: &[Step], segment: &'a Segment) -> Vec<&'a Arc<Pattern>> {
+    let mut found: Vec<&Arc<Pattern>> = Vec::new();
+    for step in steps {
+        let pattern = segment.piece(step.page as usize).1;
+        if !found.iter().rev().any(|other| Arc::ptr_eq(other, pattern)) {
+            found.push(pattern);
+        }
+    }
+    found
+}
+
+/// The bytes `inner` of a piece, which start at byte `at` of the page.
+fn push_items(items: &mut Vec<Item>, base: u64, pattern: &Pattern, (inner, at): (Range<usize>, usize)) {
+    let mut slot = at as u64;
+    pattern.for_each_in(inner, |offset, len| {
+        let mut page = base.wrapping_add(offset as u64);
+        let mut left = len as u64;
+        while left > 0 {
+            let bytes = left.min(ITEM_BYTES as u64);
+            items.push(Item { page, slot, bytes });
+            (page, slot, left) = (page.wrapping_add(bytes), slot + bytes, left - bytes);
+        }
+    });
+}
+
+fn write_items(words: &mut Vec<u64>, items: &[Item]) -> Table {
+    let start = words.len();
+    words.reserve(items.len() * 3);
+    items.iter().for_each(|item| words.extend([item.page, item.slot, item.bytes]));
+    Table { start, count: items.len() }
+}
+
+/// One row for each step; `target` is where page bytes lie in a staging buffer, and how many of each page.
+fn write_rows(
+    words: &mut Vec<u64>,
+    task: &Task<'_>,
+    rows: &Rows<'_>,
+    cut: &Cut,
+    target: Option<(usize, usize)>,
+) -> Table {
+    // Rows are read 16 bytes at a time.
+    words.resize(words.len().next_multiple_of(2), 0);
+    let start = words.len();
+    words.reserve(cut.steps.len() * 2);
+    for (index, step) in task.steps(&cut.steps).iter().enumerate() {
+        let slot = match target {
+            Some((base, len)) => base.wrapping_add(index * len),
+            None => task.slot_addr(step),
+        };
+        if let Some(page) = rows.distance(step.page as usize) {
+            let row = Row { page, slot: slot as u64 };
+            words.extend([row.page, row.slot]);
+        }
+    }
+    Table { start, count: (words.len() - start) / 2 }
+}
+
+/// Cuts that fit a buffer: as many whole pages as fit, or pieces of one page.
+fn cuts(whole: &Cut, buffer: usize) -> Vec<Cut> {
+    let len = whole.bytes.len();
+    if len <= buffer {
+        let steps = whole.steps.clone().step_by((buffer / len).max(1));
+        let each = (buffer / len).max(1);
+        return steps
+            .map(|first| Cut { steps: first..(first + each).min(whole.steps.end), bytes: whole.bytes.clone() })
+            .collect();
+    }
+    let pieces = |step: usize| {
+        whole
+            .bytes
+            .clone()
+            .step_by(buffer)
+            .map(move |start| Cut { steps: step..step + 1, bytes: start..(start + buffer).min(whole.bytes.end) })
+    };
+    whole.steps.clone().flat_map(pieces).collect()
+}
+
+/// Copies of the copy engine, joined where both sides continue, split where a registration ends.
+struct Copies {
+    found: Vec<(usize, usize, usize)>,
+    base: usize,
+    piece: usize,
+}
+
+impl Copies {
+    fn new(task: &Task<'_>) -> Copies {
+        let memory = task.transfer.arena().memory();
+        let piece = match memory.pinned() {
+            Pinned::Yes { piece_bytes, .. } => piece_bytes,
+            Pinned::No { .. } => usize::MAX,
+        };
+        Copies { found: Vec::new(), base: memory.addr().as_ptr() as usize, piece }
+    }
+
+    fn push(&mut self, page: usize, slot: usize, len: usize) {
+        match self.found.last_mut() {
+            Some((last_page, last_slot, last_len))
+                if *last_page + *last_len == page && *last_slot + *last_len == slot =>
+            {
+                *last_len += len;
+            }
+            _ => self.found.push((page, slot, len)),
+        }
+    }
+
+    fn end(self) -> Vec<(usize, usize, usize)> {
+        if self.piece == usize::MAX {
+            return self.found;
+        }
+        let mut split = Vec::with_capacity(self.found.len());
+        for (mut page, mut slot, mut left) in self.found {
+            while left > 0 {
+                let len = left.min(self.piece - (slot - self.base) % self.piece);
+                split.push((page, slot, len));
+                (page, slot, left) = (page + len, slot + len, left - len);
+            }
+        }
+        split
+    }
+}
+
+/// What matters of `task` for the choice of its method. Fragments are those of the first page, for every page.
+pub(super) fn shape(task: &Task<'_>, half: usize) -> Shape {
+    let (pages, steps) = (task.transfer.pages(), task.steps(&task.steps));
+    let adjacent = pages.page_bytes() == task.transfer.arena().stride();
+    let breaks = steps.windows(2).filter(|pair| !adjacent || pair[0].slot.0 + 1 != pair[1].slot.0).count();
+    let mut fragments = 0;
+    if let Some(step) = steps.first() {
+        pages.for_each_run(step.page as usize, |_, _| fragments += 1);
+    }
+    let bytes = steps.len() * pages.page_bytes();
+    Shape { bytes, fragments: fragments * steps.len(), slots: breaks + 1 + bytes / half.max(1), half }
+}

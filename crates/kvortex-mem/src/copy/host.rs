@@ -142,7 +142,7 @@ mod tests {
     use std::ops::Range;
     use std::sync::mpsc;
 
-    use crate::copy::suite::{load, load_into};
+    use crate::copy::suite::{HostWorld, load, load_into};
     use crate::span::{Place, Region};
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn memory_of_a_device_is_refused() {
         let region = Region::from_vec(vec![0; 4096]).at(Place::Device(0));
-        let refused = HostCopy::new(1).run(load_into(&region));
+        let refused = HostCopy::new(1).run(load_into(&HostWorld, &region));
         assert!(matches!(refused, Err(MemError::WrongPlace { .. })), "{refused:?}");
     }
 

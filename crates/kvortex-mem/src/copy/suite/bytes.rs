@@ -1,7 +1,7 @@
 //! Every byte in its place, and no other byte touched.
 
 use super::layouts::Layout;
-use super::{Engine, WAYS, Way, execute};
+use super::{Engine, WAYS, Way, World, execute};
 use crate::arena::Arena;
 use crate::copy::{Direction, Step, Transfer};
 use crate::map::{HostMemory, MapOptions};
@@ -14,10 +14,11 @@ const POISON: u8 = 0xA5;
 /// Slots of an arena are few, because each takes 4 KiB at least.
 const MAX_SLOTS: usize = 500;
 
-pub(super) fn arena(slots: usize, slot_bytes: usize) -> Arc<Arena> {
+pub(super) fn arena(world: &dyn World, slots: usize, slot_bytes: usize) -> Arc<Arena> {
     let bytes = slots * slot_bytes.next_multiple_of(4096);
     let options = MapOptions { bytes, huge_pages: false, numa_node: None, touch_threads: 0 };
-    let memory = HostMemory::map(&options).expect("memory for the suite");
+    let mut memory = HostMemory::map(&options).expect("memory for the suite");
+    world.pin(&mut memory);
     Arc::new(Arena::cut(memory, slot_bytes).expect("slots for the suite"))
 }
 
@@ -54,20 +55,20 @@ fn step(slot: usize, page: usize) -> Step {
 }
 
 /// Stores and loads pages of `layout`, each from and to a slot of another order.
-pub(super) fn round_trip(engine: &Engine, layout: &Layout) {
+pub(super) fn round_trip(engine: &Engine, world: &dyn World, layout: &Layout) {
     let slots = layout.count().min(MAX_SLOTS) + 1;
-    let arena = arena(slots, layout.page_bytes() + 5);
+    let arena = arena(world, slots, layout.page_bytes() + 5);
     for way in WAYS {
-        stores(engine, layout, &arena, way);
-        loads(engine, layout, &arena, way);
+        stores(engine, (world, layout), &arena, way);
+        loads(engine, (world, layout), &arena, way);
     }
 }
 
 /// Page i goes to slot n - i, so that order matters; slot 0 and the pages beyond the slots stay out.
-fn stores(engine: &Engine, layout: &Layout, arena: &Arc<Arena>, way: Way) {
+fn stores(engine: &Engine, (world, layout): (&dyn World, &Layout), arena: &Arc<Arena>, way: Way) {
     let count = arena.slots().total() - 1;
     let sources: Vec<Vec<u8>> = layout.regions.iter().enumerate().map(|(place, &len)| marks(place, len)).collect();
-    let regions: Vec<Region> = sources.iter().cloned().map(Region::from_vec_read_only).collect();
+    let regions: Vec<Region> = sources.iter().map(|source| world.region(source, false)).collect();
     (0..=count).for_each(|slot| set_slot(arena, slot, &vec![POISON; arena.stride()]));
     let steps = (0..count).map(|page| step(count - page, page)).collect();
     let transfer = Transfer::new(Direction::Store, Arc::clone(arena), steps, layout.pages(&regions));
@@ -80,16 +81,16 @@ fn stores(engine: &Engine, layout: &Layout, arena: &Arc<Arena>, way: Way) {
     }
     assert!(slot_bytes(arena, 0).iter().all(|&byte| byte == POISON), "{}: a slot not named was written", layout.name);
     for (region, source) in regions.iter().zip(&sources) {
-        assert!(region.to_vec() == *source, "{}: a store wrote its source", layout.name);
+        assert!(world.bytes(region) == *source, "{}: a store wrote its source", layout.name);
     }
 }
 
 /// Page i comes from slot i mod n; several pages may come from one slot.
-fn loads(engine: &Engine, layout: &Layout, arena: &Arc<Arena>, way: Way) {
+fn loads(engine: &Engine, (world, layout): (&dyn World, &Layout), arena: &Arc<Arena>, way: Way) {
     let sources: Vec<Vec<u8>> = (0..arena.slots().total()).map(|slot| marks(slot, arena.stride())).collect();
     sources.iter().enumerate().for_each(|(slot, source)| set_slot(arena, slot, source));
     let slots = sources.len();
-    let regions: Vec<Region> = layout.regions.iter().map(|&len| Region::from_vec(vec![POISON; len])).collect();
+    let regions: Vec<Region> = layout.regions.iter().map(|&len| world.region(&vec![POISON; len], true)).collect();
     let steps = (0..layout.count()).map(|page| step(page % slots, page)).collect();
     let transfer = Transfer::new(Direction::Load, Arc::clone(arena), steps, layout.pages(&regions));
     execute(engine, transfer.expect("a valid load"), way).expect("a load");
@@ -103,18 +104,18 @@ fn loads(engine: &Engine, layout: &Layout, arena: &Arc<Arena>, way: Way) {
         });
     }
     for (region, expected) in regions.iter().zip(&expected) {
-        assert!(region.to_vec() == *expected, "{}: {way:?} loaded wrongly", layout.name);
+        assert!(world.bytes(region) == *expected, "{}: {way:?} loaded wrongly", layout.name);
     }
     for (slot, source) in sources.iter().enumerate() {
         assert!(slot_bytes(arena, slot) == *source, "{}: a load wrote its source", layout.name);
     }
 }
 
-pub(super) fn only_named_steps_are_copied(engine: &Engine) {
+pub(super) fn only_named_steps_are_copied(engine: &Engine, world: &dyn World) {
     for way in WAYS {
-        let arena = arena(8, 100);
+        let arena = arena(world, 8, 100);
         (0..8).for_each(|slot| set_slot(&arena, slot, &marks(slot, arena.stride())));
-        let region = Region::from_vec(vec![POISON; 1000]);
+        let region = world.region(&[POISON; 1000], true);
         let steps = vec![step(6, 9), step(1, 2), step(6, 0)];
         let transfer = Transfer::new(Direction::Load, Arc::clone(&arena), steps, contiguous(&region, 100));
         execute(engine, transfer.expect("a valid load"), way).expect("a load");
@@ -122,7 +123,7 @@ pub(super) fn only_named_steps_are_copied(engine: &Engine) {
         for (slot, page) in [(6, 9), (1, 2), (6, 0)] {
             expected[page * 100..][..100].copy_from_slice(&marks(slot, 100));
         }
-        assert!(region.to_vec() == expected, "{way:?} copied other pages than its steps name");
+        assert!(world.bytes(&region) == expected, "{way:?} copied other pages than its steps name");
     }
 }
 
@@ -135,9 +136,9 @@ pub(super) fn contiguous(region: &Region, page_bytes: usize) -> Pages {
 }
 
 /// A load of all of `region` in pages of `page_bytes`, from slots marked with their numbers, and what it must yield.
-pub(super) fn marked_load(region: &Region, page_bytes: usize, seed: usize) -> (Transfer, Vec<u8>) {
+pub(super) fn marked_load(world: &dyn World, region: &Region, page_bytes: usize, seed: usize) -> (Transfer, Vec<u8>) {
     let slots = 8;
-    let arena = arena(slots, page_bytes);
+    let arena = arena(world, slots, page_bytes);
     let sources: Vec<Vec<u8>> = (0..slots).map(|slot| marks(slot + seed, arena.stride())).collect();
     sources.iter().enumerate().for_each(|(slot, source)| set_slot(&arena, slot, source));
     let pages = contiguous(region, page_bytes);

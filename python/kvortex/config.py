@@ -22,6 +22,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}b"] = 1000**_power
     _UNITS[f"{_letter}ib"] = 1024**_power
 
+_METHODS = ("auto", "dma", "kernel", "staged")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -92,6 +93,28 @@ def _parse_switch(key: str, value: object) -> bool:
         return value
     switch = _SWITCH.get(str(value).strip().lower())
     return _bad(key, value, "give true or false") if switch is None else switch
+
+
+def _parse_device(key: str, value: object) -> str:
+    text = str(value).strip().lower()
+    kind, _, number = text.partition(":")
+    if text in ("auto", "none") or (kind == "cuda" and (number.isascii() and number.isdigit() or text == "cuda")):
+        return text
+    return _bad(key, value, 'give "auto", "none", "cuda" or "cuda:N" with the number of a GPU')
+
+
+def _parse_method(key: str, value: object) -> str:
+    method = str(value).strip().lower()
+    return method if method in _METHODS else _bad(key, value, f"give one of {', '.join(_METHODS)}")
+
+
+def _parse_gpu_streams(key: str, value: object) -> int:
+    return _parse_count(key, value, 1, 4)
+
+
+def _parse_staging(key: str, value: object) -> int:
+    size = parse_size(key, value)
+    return size if 1 << 20 <= size <= 1 << 30 else _bad(key, value, "give 1MiB to 1GiB; 32MiB is usual")
 
 
 def _parse_text(key: str, value: object) -> str:
@@ -218,6 +241,34 @@ KNOBS = {
         "node number",
         "NUMA node that the pool's memory is bound to.",
     ),
+    "device": Knob(
+        _parse_device,
+        lambda: "auto",
+        "`auto`: GPU 0 if there is one",
+        "`auto`, `none`, `cuda` or `cuda:N`",
+        "GPU whose memory may hold the caller's blocks; the pool is then page-locked for it.",
+    ),
+    "copy_method": Knob(
+        _parse_method,
+        lambda: "auto",
+        "`auto`: measured once, chosen per transfer",
+        "`auto`, `dma`, `kernel` or `staged`",
+        "How bytes go between a GPU and the pool.",
+    ),
+    "gpu_streams": Knob(
+        _parse_gpu_streams,
+        lambda: 4,
+        "4",
+        "streams",
+        "CUDA streams for copies: 2 part saves from loads, 3 and 4 their staging too.",
+    ),
+    "staging_bytes": Knob(
+        _parse_staging,
+        lambda: 32 << 20,
+        "32 MiB",
+        "bytes",
+        "One of up to four buffers in the GPU's memory, made when staged copies first need them.",
+    ),
     "namespace": Knob(
         _parse_text,
         lambda: "",
@@ -253,6 +304,10 @@ class KVortexConfig:
     eviction_ratio: float
     huge_pages: bool
     numa_node: int | None
+    device: str
+    copy_method: str
+    gpu_streams: int
+    staging_bytes: int
     namespace: str
 
     def __init__(self, **knobs: object) -> None:

@@ -47,6 +47,8 @@
 
 pub mod arena;
 pub mod copy;
+#[cfg(not(shuttle))]
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod map;

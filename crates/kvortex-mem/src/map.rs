@@ -5,8 +5,10 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use crate::device::Device;
 use crate::error::MemError;
 use crate::numa;
+use crate::sync::Arc;
 
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -54,6 +56,7 @@ pub struct HostMemory {
     addr: NonNull<u8>,
     len: usize,
     node: Option<u32>,
+    pinned_for: Option<Arc<dyn Device>>,
 }
 
 // SAFETY: the mapping is plain memory, owned by this object and reached by others only through raw pointers.
@@ -70,7 +73,7 @@ impl HostMemory {
         let len = mapped_len(options)?;
         let error = |source| MemError::Map { bytes: options.bytes, source };
         let addr = reserve(len).map_err(error)?;
-        let mut memory = HostMemory { addr, len, node: None };
+        let mut memory = HostMemory { addr, len, node: None, pinned_for: None };
         if options.huge_pages {
             memory.advise_huge_pages();
         }
@@ -109,13 +112,18 @@ impl HostMemory {
 
     /// Whether the memory is pinned for a GPU.
     pub fn pinned(&self) -> Pinned {
-        Pinned::No { reason: "no CUDA device: plain memory".to_owned() }
+        match &self.pinned_for {
+            Some(device) => Pinned::Yes { device: device.info().ordinal, piece_bytes: self.len },
+            None => Pinned::No { reason: "no CUDA device: plain memory".to_owned() },
+        }
     }
 
-    /// STUB
-    pub fn pin(&mut self, device: &std::sync::Arc<dyn crate::device::Device>, threads: usize) -> Result<(), MemError> {
-        let _ = threads;
-        unsafe { device.register(self.addr, self.len) }
+    /// Page-locks the memory for `device`, with up to `threads` threads.
+    pub fn pin(&mut self, device: &Arc<dyn Device>, _threads: usize) -> Result<(), MemError> {
+        // SAFETY: the mapping lives until it is unregistered on drop.
+        unsafe { device.register(self.addr, self.len)? };
+        self.pinned_for = Some(Arc::clone(device));
+        Ok(())
     }
 
     fn advise_huge_pages(&self) {
@@ -143,6 +151,12 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
+        if let Some(device) = &self.pinned_for {
+            // SAFETY: registered by `pin`; users keep this object alive.
+            if let Err(error) = unsafe { device.unregister(self.addr) } {
+                log::debug!("page-locked memory could not be unlocked: {error}");
+            }
+        }
         // SAFETY: the range is this mapping and nothing uses it any more: users keep this object alive.
         unsafe { libc::munmap(self.addr.as_ptr().cast(), self.len) };
     }

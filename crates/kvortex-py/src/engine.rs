@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use kvortex::{Engine, EngineConfig, Error, Namespace, Quantiles, Stats, Value};
+use kvortex::{DeviceChoice, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Value};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -279,7 +279,27 @@ fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<EngineConfig> {
         huge_pages: config.getattr("huge_pages")?.extract()?,
         numa_node: config.getattr("numa_node")?.extract()?,
         namespace: mixed(Namespace::default(), text),
+        gpu: GpuConfig {
+            device: device_choice(&config.getattr("device")?.extract::<String>()?),
+            streams: config.getattr("gpu_streams")?.extract()?,
+            method: method(&config.getattr("copy_method")?.extract::<String>()?),
+            staging_bytes: config.getattr("staging_bytes")?.extract()?,
+        },
     })
+}
+
+/// The configuration has checked the text.
+fn device_choice(text: &str) -> DeviceChoice {
+    match (text, text.strip_prefix("cuda")) {
+        ("none", _) => DeviceChoice::None,
+        (_, Some(number)) => DeviceChoice::Cuda(number.trim_start_matches(':').parse().unwrap_or(0)),
+        _ => DeviceChoice::Auto(0),
+    }
+}
+
+/// The method of this name; `None` for "auto".
+fn method(text: &str) -> Option<Method> {
+    Method::ALL.into_iter().find(|method| method.name() == text)
 }
 
 /// The namespace of the caller's digest and the configuration's text.

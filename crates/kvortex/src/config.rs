@@ -25,6 +25,56 @@ pub struct EngineConfig {
     pub numa_node: Option<u32>,
     /// What the blocks belong to.
     pub namespace: Namespace,
+    /// The GPU whose memory pages may lie in, and how to copy from and to it.
+    pub gpu: GpuConfig,
+}
+
+/// Which GPU an engine works with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// None: pages lie in host memory only.
+    None,
+    /// The GPU with this number if it can be used, else none.
+    Auto(u32),
+    /// The GPU with this number.
+    Cuda(u32),
+}
+
+/// Ways to copy between the pages of a GPU and slots.
+pub use kvortex_mem::copy::Method;
+
+/// Knobs of an engine that has a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuConfig {
+    /// Which one.
+    pub device: DeviceChoice,
+    /// Streams for copies, 1 to 4.
+    pub streams: usize,
+    /// The way to copy; measured and chosen for each transfer when absent.
+    pub method: Option<Method>,
+    /// Bytes of device memory for each of four staging buffers.
+    pub staging_bytes: usize,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self { device: DeviceChoice::None, streams: 4, method: None, staging_bytes: 32 << 20 }
+    }
+}
+
+impl GpuConfig {
+    fn validate(&self) -> Result<()> {
+        let refuse = |knob, value: usize, remedy: &str| {
+            Err(Error::Config { knob, value: value.to_string(), remedy: remedy.to_owned() })
+        };
+        if !(1..=4).contains(&self.streams) {
+            return refuse("gpu_streams", self.streams, "use 1 to 4; 4 is usual");
+        }
+        if !(1 << 20..=1 << 30).contains(&self.staging_bytes) {
+            return refuse("staging_bytes", self.staging_bytes, "use 1MiB to 1GiB; 32MiB is usual");
+        }
+        Ok(())
+    }
 }
 
 impl EngineConfig {
@@ -40,6 +90,7 @@ impl EngineConfig {
             huge_pages: true,
             numa_node: None,
             namespace: Namespace::default(),
+            gpu: GpuConfig::default(),
         }
     }
 
@@ -69,6 +120,6 @@ impl EngineConfig {
         if !(0.0..=1.0).contains(&self.ratio) {
             return refuse("eviction_ratio", self.ratio.to_string(), "use a share between 0 and 1; 0.2 is usual");
         }
-        Ok(())
+        self.gpu.validate()
     }
 }

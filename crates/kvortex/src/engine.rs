@@ -4,13 +4,15 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use kvortex_mem::arena::Arena;
-use kvortex_mem::copy::{CopyEngine, HostCopy, check_targets};
+use kvortex_mem::copy::{CopyEngine, check_targets};
+use kvortex_mem::device::{Device, RawStream};
 use kvortex_mem::error::MemError;
 use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::span::Pages;
 use parking_lot::RwLock;
 
 use crate::config::EngineConfig;
+use crate::copies;
 use crate::error::{Error, Result};
 use crate::eviction::Watermarks;
 use crate::flight::{self, Flight};
@@ -40,6 +42,7 @@ struct Inner {
     owner: Owner,
     state: RwLock<State>,
     copies: Arc<dyn CopyEngine>,
+    device: Option<Arc<dyn Device>>,
     metrics: Arc<Metrics>,
 }
 
@@ -94,13 +97,23 @@ impl LeasedBlocks {
 }
 
 impl Engine {
-    /// Maps the arena. Starts no thread.
+    /// Maps the arena, page-locked if the configuration names a GPU. Starts no thread that lasts.
     ///
     /// # Errors
-    /// [`Error::Config`] for a knob that cannot work, [`Error::Mem`] when the memory is not to be had.
+    /// [`Error::Config`] for a knob that cannot work, [`Error::Mem`] when the memory or the GPU is not to be had.
     pub fn create(config: EngineConfig) -> Result<Self> {
-        let copies = Arc::new(HostCopy::new(config.threads));
-        Self::with_copies(config, copies)
+        config.validate()?;
+        let device = copies::open(config.gpu.device)?;
+        Self::build(config, device)
+    }
+
+    /// As [`create`](Self::create), with pages in host memory or on `device`, whatever the configuration names.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn with_device(config: EngineConfig, device: Arc<dyn Device>) -> Result<Self> {
+        config.validate()?;
+        Self::build(config, Some(device))
     }
 
     /// As [`create`](Self::create), with copies made by `copies`, which the engine stops when it is shut down.
@@ -109,16 +122,27 @@ impl Engine {
     /// As [`create`](Self::create).
     pub fn with_copies(config: EngineConfig, copies: Arc<dyn CopyEngine>) -> Result<Self> {
         config.validate()?;
-        let memory = HostMemory::map(&MapOptions {
-            bytes: config.pool_bytes,
-            huge_pages: config.huge_pages,
-            numa_node: config.numa_node,
-            touch_threads: config.threads,
-        })?;
+        let memory = map(&config, None)?;
+        Self::assemble(config, memory, copies, None)
+    }
+
+    fn build(config: EngineConfig, device: Option<Arc<dyn Device>>) -> Result<Self> {
+        let mut memory = map(&config, device.as_ref())?;
+        let copies = copies::serve(&config, device.as_ref(), &mut memory)?;
+        Self::assemble(config, memory, copies, device)
+    }
+
+    fn assemble(
+        config: EngineConfig,
+        memory: HostMemory,
+        copies: Arc<dyn CopyEngine>,
+        device: Option<Arc<dyn Device>>,
+    ) -> Result<Self> {
         let (block_bytes, namespace) = (config.block_bytes, config.namespace);
         let engine = Self {
             inner: Arc::new(Inner {
                 copies,
+                device,
                 config,
                 owner: Owner::this_process(),
                 state: RwLock::new(State::Unbound(memory)),
@@ -129,6 +153,22 @@ impl Engine {
             engine.bind(block_bytes, namespace)?;
         }
         Ok(engine)
+    }
+
+    /// The GPU that pages may lie on.
+    #[must_use]
+    pub fn device(&self) -> Option<&Arc<dyn Device>> {
+        self.inner.device.as_ref()
+    }
+
+    /// Makes what `stream` of the GPU is given from now on wait for every unfinished copy that reads or writes `pages`, which
+    /// are about to be written. The host does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Mem`] when the pages are not on the engine's GPU or the GPU is lost.
+    pub fn fence(&self, stream: RawStream, pages: &Pages) -> Result<()> {
+        self.inner.owner.check()?;
+        Ok(self.inner.copies.fence(stream, pages)?)
     }
 
     /// Fixes the size of a block and the namespace. Saying the same again changes nothing.
@@ -176,8 +216,17 @@ impl Engine {
     /// # Errors
     /// As [`save`](Self::save).
     pub fn save_async(&self, keys: Keys<'_>, pages: Pages) -> Result<Ticket> {
+        self.save_after(keys, pages, &[])
+    }
+
+    /// As [`save_async`](Self::save_async), of blocks that were computed from what `loads` brought: they become visible only
+    /// once all of those have succeeded, and never if one has failed.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_after(&self, keys: Keys<'_>, pages: Pages, loads: &[Ticket]) -> Result<Ticket> {
         match self.start_save(keys, &pages)? {
-            Some(flight) => flight.submit(pages),
+            Some(flight) => flight.submit(pages, loads),
             None => Ok(flight::landed(Report::empty(Kind::Save, 0))),
         }
     }
@@ -188,7 +237,7 @@ impl Engine {
     /// As [`load`](Self::load).
     pub fn load_async(&self, keys: Keys<'_>, pages: Pages) -> Result<Ticket> {
         match self.start_load(keys, &pages)? {
-            Some(flight) => flight.submit(pages),
+            Some(flight) => flight.submit(pages, &[]),
             None => Ok(flight::landed(self.all_missing(keys.len()))),
         }
     }
@@ -390,6 +439,15 @@ impl Inner {
             metrics: Arc::clone(&self.metrics),
         })
     }
+}
+
+fn map(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> Result<HostMemory> {
+    Ok(HostMemory::map(&MapOptions {
+        bytes: config.pool_bytes,
+        huge_pages: config.huge_pages,
+        numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
+        touch_threads: config.threads,
+    })?)
 }
 
 fn leased(bound: Option<&Bound>, take: impl FnOnce(&Bound) -> Lease) -> LeasedBlocks {

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::key::Keys;
 use crate::mask::BlockMask;
 use crate::plan::{Kind, Plan, Report, TicketId};
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 use crate::ticket::Ticket;
 
 /// A plan that is open.
@@ -67,16 +67,72 @@ impl Flight {
         open.finish(outcome)
     }
 
-    /// Starts the copies.
-    pub(crate) fn submit(self, pages: Pages) -> Result<Ticket> {
+    /// Starts the copies. What they bring becomes visible once they and all of `after` have succeeded.
+    pub(crate) fn submit(self, pages: Pages, after: &[Ticket]) -> Result<Ticket> {
         let Self { plan, mut open } = self;
         let ticket = Ticket::new(plan.ticket);
         open.handle = Some(ticket.clone());
         let bound = Arc::clone(&open.bound);
         let (kind, blocks) = (open.kind, open.copies);
-        let done = Box::new(move |outcome| open.land(outcome));
+        let landing = Landing::new(open, after.len());
+        after.iter().for_each(|ticket| Landing::follow(&landing, ticket));
+        let own = OwnCopies(Some(landing));
+        let done = Box::new(move |outcome| own.end(outcome));
         let started = bound.mover.submit(&plan, pages, done);
         started.map(|()| ticket).map_err(|cause| failed(kind, blocks, cause))
+    }
+}
+
+/// A plan whose copies are under way, and what it rests on.
+struct Landing {
+    open: Mutex<Option<OpenPlan>>,
+    /// Ends that are still to come, its own copies among them.
+    awaited: AtomicUsize,
+    failure: Mutex<Option<MemError>>,
+}
+
+/// The copies' own end, which is sure to come: dropped instead, it settles the plan as failed at once.
+struct OwnCopies(Option<Arc<Landing>>);
+
+impl OwnCopies {
+    fn end(mut self, outcome: Result<(), MemError>) {
+        if let Some(landing) = self.0.take() {
+            landing.arrive(outcome);
+        }
+    }
+}
+
+impl Drop for OwnCopies {
+    fn drop(&mut self) {
+        if let Some(landing) = self.0.take() {
+            drop(landing.open.lock().take());
+        }
+    }
+}
+
+impl Landing {
+    fn new(open: OpenPlan, after: usize) -> Arc<Self> {
+        let (open, awaited) = (Mutex::new(Some(open)), AtomicUsize::new(after + 1));
+        Arc::new(Self { open, awaited, failure: Mutex::new(None) })
+    }
+
+    fn follow(this: &Arc<Self>, ticket: &Ticket) {
+        let (this, id) = (Arc::clone(this), ticket.id());
+        let broken = move || MemError::CopyFailed(format!("load {id}, which this save rests on, failed"));
+        ticket.follow(move |ok| this.arrive(if ok { Ok(()) } else { Err(broken()) }));
+    }
+
+    /// One of the awaited ends; the last one settles the plan.
+    fn arrive(&self, outcome: Result<(), MemError>) {
+        if let Err(error) = outcome {
+            self.failure.lock().get_or_insert(error);
+        }
+        if self.awaited.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let (open, failure) = (self.open.lock().take(), self.failure.lock().take());
+            if let Some(open) = open {
+                open.land(failure.map_or(Ok(()), Err));
+            }
+        }
     }
 }
 

@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod copies;
 mod engine;
 mod error;
 pub mod eviction;
@@ -43,7 +44,7 @@ mod sync;
 mod ticket;
 pub mod tier;
 
-pub use config::{EngineConfig, MAX_THREADS};
+pub use config::{DeviceChoice, EngineConfig, GpuConfig, MAX_THREADS, Method};
 pub use engine::{Engine, LeasedBlocks};
 pub use error::{Error, ErrorKind, Result};
 pub use key::{BlockKey, KEY_BYTES, KeyChain, Keys, MAX_BLOCK_TOKENS, MAX_TOKENS};

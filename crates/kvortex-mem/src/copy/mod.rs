@@ -2,11 +2,9 @@
 
 mod by_place;
 mod crew;
-#[cfg(not(shuttle))]
 pub mod gpu;
 mod host;
 mod job;
-#[cfg(not(shuttle))]
 mod scoreboard;
 mod stream;
 #[cfg(any(test, feature = "suite"))]
@@ -14,6 +12,7 @@ pub mod suite;
 mod transfer;
 
 pub use by_place::ByPlace;
+pub use gpu::Method;
 pub use host::HostCopy;
 pub use transfer::{Direction, Step, Transfer, check_targets};
 

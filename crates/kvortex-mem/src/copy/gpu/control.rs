@@ -98,7 +98,7 @@ impl Control {
         self.scoreboard.enter(id, Arc::new(access), how);
         let after = after.into_iter().collect();
         let (started, ends, failure) = (0, Vec::new(), None);
-        self.requests.insert(id, Request { id, lane, transfer, done, earlier, after, started, ends, failure });
+        self.requests.insert(id, Request { lane, transfer, done, earlier, after, started, ends, failure });
         self.queues[lane as usize].waiting.push_back(id);
         if at_once {
             self.start_through(id);

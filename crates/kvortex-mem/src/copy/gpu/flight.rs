@@ -70,7 +70,6 @@ pub(super) const FLIGHT_REQUESTS: usize = 32;
 
 /// One accepted transfer.
 pub(super) struct Request {
-    pub(super) id: u64,
     pub(super) lane: Lane,
     pub(super) transfer: Transfer,
     pub(super) done: Done,

@@ -18,8 +18,6 @@ pub(super) enum Role {
 }
 
 impl Role {
-    pub(super) const ALL: [Role; 4] = [Role::Store, Role::Load, Role::Gather, Role::Scatter];
-
     /// Which of `count` streams plays this role.
     fn stream(self, count: usize) -> usize {
         let table = match count {

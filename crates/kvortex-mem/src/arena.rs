@@ -71,6 +71,11 @@ impl Arena {
         Some(unsafe { self.memory.addr().add(index * self.stride) })
     }
 
+    /// The mapping, no longer cut.
+    pub fn into_memory(self) -> HostMemory {
+        self.memory
+    }
+
     /// The mapping underneath.
     pub fn memory(&self) -> &HostMemory {
         &self.memory

@@ -54,6 +54,8 @@ pub mod error;
 pub mod map;
 pub mod numa;
 pub mod pool;
+#[cfg(all(any(test, feature = "suite"), not(shuttle)))]
+pub mod sim;
 pub mod slots;
 pub mod span;
 pub mod sync;

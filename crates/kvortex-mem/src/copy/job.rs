@@ -98,7 +98,7 @@ impl Job {
 }
 
 /// Runs `work`; a panic becomes its message.
-pub(super) fn guarded(work: impl FnOnce()) -> Result<(), String> {
+pub(crate) fn guarded(work: impl FnOnce()) -> Result<(), String> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| message_of(&*panic))
 }
 

@@ -4,7 +4,7 @@ mod by_place;
 mod crew;
 pub mod gpu;
 mod host;
-mod job;
+pub(crate) mod job;
 mod scoreboard;
 mod stream;
 #[cfg(any(test, feature = "suite"))]

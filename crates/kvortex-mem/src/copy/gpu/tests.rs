@@ -1,1 +1,330 @@
+//! The copies of a GPU on the simulated device, which runs streams in random order and checks every address.
 
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::*;
+use crate::arena::Arena;
+use crate::copy::suite::{DeviceWorld, World, conforms_in};
+use crate::copy::{Direction, Step};
+use crate::device::{Priority, Stream};
+use crate::map::{HostMemory, MapOptions};
+use crate::sim::Sim;
+use crate::slots::SlotId;
+use crate::span::{Parts, Pattern, Region, Segment};
+
+const PAGE: usize = 24 << 10;
+const PAGES: usize = 16;
+
+/// A device, an engine on it, one region of pages of three layers, and an arena.
+struct Bench {
+    sim: Arc<Sim>,
+    engine: GpuCopy,
+    world: DeviceWorld,
+    region: Region,
+    arena: Arc<Arena>,
+    stream: Stream,
+}
+
+fn options(method: Option<Method>) -> GpuOptions {
+    GpuOptions { method, staging_bytes: 64 << 10, ..GpuOptions::default() }
+}
+
+impl Bench {
+    fn new(seed: u64, options: GpuOptions) -> Bench {
+        let sim = Sim::new(seed);
+        let device: Arc<dyn Device> = sim.clone();
+        let engine = GpuCopy::new(Arc::clone(&device), options, Profile::ASSUMED).unwrap();
+        let world = DeviceWorld::new(&device);
+        let region = world.region(&vec![0; PAGES * PAGE], true);
+        let arena = arena(&world, PAGES);
+        Bench { stream: Stream::new(&device, Priority::Low).unwrap(), sim, engine, world, region, arena }
+    }
+
+    /// Pages of three fragments, one in each third of the region.
+    fn pages(&self) -> Pages {
+        let layer = PAGE / 3;
+        let pattern = Pattern::strided(1, &[3, layer], &[(layer * PAGES) as isize, 1]).unwrap();
+        let (region, pattern) = (self.region.clone(), Arc::new(pattern));
+        let table = Segment::Table { region, pattern, first: 0, stride: layer as isize, count: PAGES };
+        Pages::new(vec![table]).unwrap()
+    }
+
+    fn transfer(&self, direction: Direction, pages: Pages) -> Transfer {
+        let step = |page: usize| Step { slot: SlotId((PAGES - 1 - page) as u32), page: page as u32 };
+        Transfer::new(direction, Arc::clone(&self.arena), (0..PAGES).map(step).collect(), pages).unwrap()
+    }
+
+    /// Lets the engine's owner write all its pages in the order of its stream.
+    fn compute(&self, value: u8) {
+        let (addr, len) = (self.region.addr(), self.region.len());
+        self.sim.compute(self.stream.raw(), move || {
+            std::thread::sleep(Duration::from_micros(200));
+            // SAFETY: memory of the simulation, which the bench keeps until the simulation is idle.
+            unsafe { std::slice::from_raw_parts_mut(addr as *mut u8, len) }.fill(value);
+        });
+    }
+
+    fn slots_hold(&self, value: u8) -> bool {
+        (0..PAGES).all(|slot| slot_bytes(&self.arena, slot).iter().all(|&byte| byte == value))
+    }
+
+    fn fill_slots(&self, value: u8) {
+        (0..PAGES).for_each(|slot| {
+            let addr = self.arena.addr(SlotId(slot as u32)).unwrap();
+            // SAFETY: a slot of the arena; no transfer is running.
+            unsafe { addr.as_ptr().write_bytes(value, PAGE) };
+        });
+    }
+
+    fn check(self) {
+        assert!(self.engine.stop(Duration::from_secs(60)), "copies did not end");
+        self.sim.idle();
+        assert_eq!(self.sim.violations(), Vec::<String>::new());
+    }
+}
+
+fn arena(world: &DeviceWorld, slots: usize) -> Arc<Arena> {
+    let options = MapOptions { bytes: slots * PAGE, huge_pages: false, numa_node: None, touch_threads: 1 };
+    let mut memory = HostMemory::map(&options).unwrap();
+    world.pin(&mut memory);
+    Arc::new(Arena::cut(memory, PAGE).unwrap())
+}
+
+fn slot_bytes(arena: &Arena, slot: usize) -> Vec<u8> {
+    let addr: NonNull<u8> = arena.addr(SlotId(slot as u32)).unwrap();
+    // SAFETY: a slot of the arena; no transfer is running.
+    unsafe { std::slice::from_raw_parts(addr.as_ptr(), PAGE) }.to_vec()
+}
+
+fn methods() -> impl Iterator<Item = Option<Method>> {
+    Method::ALL.into_iter().map(Some).chain([None])
+}
+
+fn ignored() -> Done {
+    Box::new(|_| ())
+}
+
+#[test]
+fn every_method_conforms() {
+    for method in methods() {
+        for streams in [1, 3, 4] {
+            let sim = Sim::new(streams as u64);
+            let device: Arc<dyn Device> = sim.clone();
+            let options = GpuOptions { streams, method, staging_bytes: 1 << 20, ..GpuOptions::default() };
+            let world = DeviceWorld::new(&device);
+            conforms_in(&world, || {
+                Arc::new(GpuCopy::new(Arc::clone(&device), options.clone(), Profile::ASSUMED).unwrap())
+            });
+            assert_eq!(sim.violations(), Vec::<String>::new(), "{method:?} with {streams} streams");
+        }
+    }
+}
+
+#[test]
+fn a_store_waits_for_the_compute_before_it_and_not_for_the_compute_behind_a_fence() {
+    for (seed, method) in (0..10).flat_map(|seed| methods().map(move |method| (seed, method))) {
+        let bench = Bench::new(seed, options(method));
+        let (raw, value) = (bench.stream.raw(), seed as u8 + 1);
+        bench.compute(value);
+        bench.engine.submit(bench.transfer(Direction::Store, bench.pages().in_stream(raw)), ignored()).unwrap();
+        bench.engine.fence(raw, &bench.pages()).unwrap();
+        bench.compute(0xEE);
+        assert!(bench.engine.stop(Duration::from_secs(60)));
+        assert!(bench.slots_hold(value), "{method:?}, seed {seed}: other bytes were stored");
+        bench.check();
+    }
+}
+
+#[test]
+fn without_the_fence_other_bytes_are_stored() {
+    let mut wrong = 0;
+    for seed in 0..20 {
+        let bench = Bench::new(seed, options(Some(Method::Dma)));
+        bench.compute(7);
+        bench
+            .engine
+            .submit(bench.transfer(Direction::Store, bench.pages().in_stream(bench.stream.raw())), ignored())
+            .unwrap();
+        bench.compute(0xEE);
+        assert!(bench.engine.stop(Duration::from_secs(60)));
+        wrong += usize::from(!bench.slots_hold(7));
+        bench.check();
+    }
+    assert!(wrong > 0, "the simulation does not show the race that the fence prevents");
+}
+
+#[test]
+fn a_load_comes_before_what_its_stream_does_next() {
+    for (seed, method) in (0..10).flat_map(|seed| methods().map(move |method| (seed, method))) {
+        let bench = Bench::new(seed, options(method));
+        let (raw, value) = (bench.stream.raw(), seed as u8 + 1);
+        bench.fill_slots(value);
+        bench.compute(0xEE);
+        bench.engine.submit(bench.transfer(Direction::Load, bench.pages().in_stream(raw)), ignored()).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let (addr, len) = (bench.region.addr(), bench.region.len());
+        bench.sim.compute(raw, move || {
+            // SAFETY: memory of the simulation, which the bench keeps.
+            sender.send(unsafe { std::slice::from_raw_parts(addr as *const u8, len) }.to_vec()).unwrap();
+        });
+        let seen = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(seen.iter().all(|&byte| byte == value), "{method:?}, seed {seed}: the stream saw other bytes");
+        bench.check();
+    }
+}
+
+#[test]
+fn parts_are_complete_one_by_one() {
+    for (seed, method) in (0..6).flat_map(|seed| methods().map(move |method| (seed, method))) {
+        let bench = Bench::new(seed, options(method));
+        let raw = bench.stream.raw();
+        bench.fill_slots(9);
+        let parts = Arc::new(Parts::new(vec![PAGE / 3, PAGE / 3 * 2, PAGE]).unwrap());
+        assert!(parts.hold(0, raw).is_err(), "nothing was submitted yet");
+        let pages = bench.pages().in_stream(raw).in_parts(Arc::clone(&parts));
+        bench.engine.submit(bench.transfer(Direction::Load, pages), ignored()).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let layer = bench.region.len() / 3;
+        for part in 0..3 {
+            parts.hold(part, raw).unwrap();
+            let (sender, addr) = (sender.clone(), bench.region.addr() + part * layer);
+            bench.sim.compute(raw, move || {
+                // SAFETY: memory of the simulation, which the bench keeps.
+                let bytes = unsafe { std::slice::from_raw_parts(addr as *const u8, layer) };
+                sender.send(bytes.iter().all(|&byte| byte == 9)).unwrap();
+            });
+        }
+        for part in 0..3 {
+            assert!(receiver.recv_timeout(Duration::from_secs(60)).unwrap(), "{method:?}: part {part} was not there");
+        }
+        bench.check();
+    }
+}
+
+#[test]
+fn conflicting_transfers_go_in_order() {
+    for (seed, method) in (0..10).flat_map(|seed| methods().map(move |method| (seed, method))) {
+        let bench = Bench::new(seed, options(method));
+        bench.fill_slots(3);
+        let other = arena(&bench.world, PAGES);
+        for _ in 0..4 {
+            bench.engine.submit(bench.transfer(Direction::Load, bench.pages()), ignored()).unwrap();
+            let steps = (0..PAGES).map(|page| Step { slot: SlotId(page as u32), page: page as u32 }).collect();
+            let store = Transfer::new(Direction::Store, Arc::clone(&other), steps, bench.pages()).unwrap();
+            bench.engine.submit(store, ignored()).unwrap();
+        }
+        assert!(bench.engine.stop(Duration::from_secs(60)));
+        let stored = (0..PAGES).all(|slot| slot_bytes(&other, slot).iter().all(|&byte| byte == 3));
+        assert!(stored, "{method:?}, seed {seed}: stored before it was loaded");
+        bench.check();
+    }
+}
+
+#[test]
+fn tickets_end_in_order_and_watermarks_say_so() {
+    let bench = Bench::new(5, options(None));
+    let (sender, receiver) = mpsc::channel();
+    let mut tickets = Vec::new();
+    for index in 0..100 {
+        let sender = sender.clone();
+        let done: Done = Box::new(move |result| sender.send((index, result.is_ok())).unwrap());
+        tickets.push(bench.engine.submit_ticket(bench.transfer(Direction::Store, bench.pages()), done).unwrap());
+    }
+    assert!(bench.engine.stop(Duration::from_secs(60)));
+    let ends: Vec<_> = receiver.try_iter().collect();
+    assert_eq!(ends, (0..100).map(|index| (index, true)).collect::<Vec<_>>());
+    assert!(tickets.is_sorted());
+    assert_eq!(bench.engine.board(Lane::Store).watermark(), tickets[99]);
+    assert_eq!(bench.engine.board(Lane::Load).watermark(), 0);
+    assert_eq!(bench.engine.board(Lane::Store).failures(), 0);
+    bench.check();
+}
+
+#[test]
+fn a_load_overtakes_loads_in_the_background() {
+    let bench = Bench::new(11, options(Some(Method::Dma)));
+    let (many, order) = (30, Arc::new(parking_lot::Mutex::new(Vec::new())));
+    bench.sim.pause();
+    let tell = |name: &'static str| -> Done {
+        let order = Arc::clone(&order);
+        Box::new(move |_| order.lock().push(name))
+    };
+    for _ in 0..many {
+        let other = bench.world.region(&vec![0; PAGES * PAGE], true);
+        let pages = Pages::contiguous(other, PAGES).unwrap().in_background();
+        bench.engine.submit(bench.transfer(Direction::Load, pages), tell("background")).unwrap();
+    }
+    bench.engine.submit(bench.transfer(Direction::Load, bench.pages()), tell("step")).unwrap();
+    bench.sim.resume();
+    assert!(bench.engine.stop(Duration::from_secs(60)));
+    let place = order.lock().iter().position(|&name| name == "step").unwrap();
+    assert!(place <= 4, "the load came after {place} loads in the background");
+    bench.check();
+}
+
+#[test]
+fn a_failed_call_fails_its_transfer_alone() {
+    for call in ["copy", "launch", "record", "wait", "create_event"] {
+        for (index, method) in methods().enumerate() {
+            let bench = Bench::new(index as u64, options(method));
+            bench.fill_slots(1);
+            bench.sim.fail_next(call, 1);
+            let outcome = bench.engine.run(bench.transfer(Direction::Load, bench.pages()));
+            if bench.sim.check().is_ok() && outcome.is_err() {
+                assert!(!matches!(outcome, Err(MemError::Stopped)), "{call}: {outcome:?}");
+            }
+            bench.sim.fail_next(call, 0);
+            if !matches!(outcome, Err(MemError::DeviceLost { .. })) {
+                bench.engine.run(bench.transfer(Direction::Load, bench.pages())).unwrap();
+                assert!(bench.world.bytes(&bench.region).iter().all(|&byte| byte == 1), "{call}, {method:?}");
+            }
+            assert!(bench.engine.stop(Duration::from_secs(60)), "{call}: copies did not end");
+        }
+    }
+}
+
+#[test]
+fn a_lost_device_fails_everything_and_still_stops() {
+    for method in methods() {
+        let bench = Bench::new(2, options(method));
+        let failed = Arc::new(AtomicUsize::new(0));
+        bench.sim.pause();
+        for index in 0..12 {
+            let failed = Arc::clone(&failed);
+            let done: Done = Box::new(move |result| {
+                assert!(matches!(result, Err(MemError::DeviceLost { .. })), "{result:?}");
+                failed.fetch_add(1, Ordering::SeqCst);
+            });
+            let direction = if index % 2 == 0 { Direction::Store } else { Direction::Load };
+            bench.engine.submit(bench.transfer(direction, bench.pages()), done).unwrap();
+        }
+        bench.sim.lose("an illegal address");
+        bench.sim.resume();
+        assert!(bench.engine.stop(Duration::from_secs(60)), "copies on a lost device did not end");
+        assert_eq!(failed.load(Ordering::SeqCst), 12);
+        let refused = bench.engine.run(bench.transfer(Direction::Store, bench.pages()));
+        assert!(matches!(refused, Err(MemError::DeviceLost { .. })), "{refused:?}");
+        assert_eq!(bench.engine.board(Lane::Store).failed().len(), 6);
+    }
+}
+
+#[test]
+fn memory_of_the_host_is_refused() {
+    let bench = Bench::new(1, options(None));
+    let host = Pages::contiguous(Region::from_vec(vec![0; PAGES * PAGE]), PAGES).unwrap();
+    let refused = bench.engine.run(bench.transfer(Direction::Store, host));
+    assert!(matches!(refused, Err(MemError::WrongPlace { .. })), "{refused:?}");
+    bench.check();
+}
+
+#[test]
+fn the_link_is_measured() {
+    let device: Arc<dyn Device> = Sim::new(1);
+    let profile = GpuCopy::calibrate(&device).unwrap();
+    for rates in [profile.store, profile.load] {
+        assert!(rates.link > 0.0 && rates.kernel > 0.0 && rates.copy_us > 0.0 && rates.staged_us > 0.0, "{rates:?}");
+    }
+}

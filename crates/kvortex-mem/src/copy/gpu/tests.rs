@@ -246,14 +246,14 @@ fn tickets_end_in_order_and_watermarks_say_so() {
 #[test]
 fn a_load_overtakes_loads_in_the_background() {
     let bench = Bench::new(11, options(Some(Method::Dma)));
-    let (many, order) = (30, Arc::new(parking_lot::Mutex::new(Vec::new())));
+    let order = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let others: Vec<_> = (0..30).map(|_| bench.world.region(&vec![0; PAGES * PAGE], true)).collect();
     bench.sim.pause();
     let tell = |name: &'static str| -> Done {
         let order = Arc::clone(&order);
         Box::new(move |_| order.lock().push(name))
     };
-    for _ in 0..many {
-        let other = bench.world.region(&vec![0; PAGES * PAGE], true);
+    for other in others {
         let pages = Pages::contiguous(other, PAGES).unwrap().in_background();
         bench.engine.submit(bench.transfer(Direction::Load, pages), tell("background")).unwrap();
     }

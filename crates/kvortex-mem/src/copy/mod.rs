@@ -14,6 +14,7 @@ pub use transfer::{Direction, Step, Transfer, check_targets};
 use std::time::Duration;
 
 use crate::error::MemError;
+use crate::span::{Place, reached_by_cpu};
 
 /// Called once with what came of a submitted transfer.
 pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
@@ -40,6 +41,11 @@ pub trait CopyEngine: Send + Sync {
     /// transfer was not accepted: it has been dropped, and `done` dropped uncalled. `done` must not block for long, and a
     /// panic in it is logged and otherwise ignored.
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError>;
+
+    /// Fails with [`MemError::WrongPlace`] for pages that `run` and `submit` refuse because of where they are.
+    fn reaches(&self, place: Place) -> Result<(), MemError> {
+        reached_by_cpu(place)
+    }
 
     /// Refuses new work with [`MemError::Stopped`] from now on and waits up to `deadline` for what was accepted. Returns true
     /// if all of it has ended, its `done` calls included. What has not goes on; calling again waits again. Called from

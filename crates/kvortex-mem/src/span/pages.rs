@@ -7,6 +7,7 @@ use super::ids::Ids;
 use super::overlap;
 use super::pattern::Pattern;
 use super::region::{Place, Region};
+use crate::device::RawStream;
 use crate::error::MemError;
 use crate::sync::Arc;
 
@@ -67,6 +68,7 @@ pub struct Pages {
     count: usize,
     page_bytes: usize,
     place: Place,
+    stream: Option<RawStream>,
     overlap: OnceLock<Option<(usize, usize)>>,
 }
 
@@ -181,7 +183,7 @@ impl Pages {
             start = start.checked_add(bytes).filter(|&sum| sum <= isize::MAX as usize).ok_or(TOO_LARGE)?;
         }
         let place = common_place(placed.iter().flat_map(|placed| placed.segment.regions()))?;
-        Ok(Pages { segments: placed.into(), count, page_bytes: start, place, overlap: OnceLock::new() })
+        Ok(Pages { segments: placed.into(), count, page_bytes: start, place, stream: None, overlap: OnceLock::new() })
     }
 
     /// `count` pages of equal size, one after the other, that fill `region`. Fails if they cannot.
@@ -211,6 +213,18 @@ impl Pages {
     /// Where the pages are.
     pub fn place(&self) -> Place {
         self.place
+    }
+
+    /// The same pages, in use by what `stream` was given so far: copies wait for that, and what it is given later waits for
+    /// them.
+    #[must_use]
+    pub fn in_stream(self, stream: RawStream) -> Pages {
+        Pages { stream: Some(stream), ..self }
+    }
+
+    /// The stream of [`in_stream`](Pages::in_stream).
+    pub fn stream(&self) -> Option<RawStream> {
+        self.stream
     }
 
     /// True if every page may be written.

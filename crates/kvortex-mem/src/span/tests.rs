@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Ids, Pages, Pattern, Piece, Region, Run, Segment};
+use crate::device::RawStream;
 use crate::error::MemError;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -401,4 +402,12 @@ fn regions_tell_and_keep_what_they_are() {
     assert!(matches!(read_only.write(0, &[1]), Err(MemError::ReadOnly)));
     let pages = |region: &Region| Pages::new(vec![one_table(region, Pattern::contiguous(3), 0, 3, 1)]).unwrap();
     assert!(pages(&region).is_writable() && !pages(&read_only).is_writable());
+}
+
+#[test]
+fn pages_remember_their_stream() {
+    let pages = Pages::contiguous(Region::from_vec(vec![0; 8]), 2).unwrap();
+    assert_eq!(pages.stream(), None);
+    let pages = pages.in_stream(RawStream(7));
+    assert_eq!((pages.stream(), pages.count(), pages.first_overlap()), (Some(RawStream(7)), 2, None));
 }

@@ -15,6 +15,7 @@ use crate::identity::namespace;
 use crate::keys::PackedKeys;
 use crate::logs;
 use crate::number::whole;
+use crate::stream::no_stream;
 use crate::tensors::{sources, targets};
 
 /// How long copies in flight may take at the end of the process.
@@ -124,6 +125,7 @@ impl PyEngine {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let Some(out) = out else {
+                no_stream(stream)?;
                 let (leased, mask) = self.call(py, |engine| engine.lease_each(keys.keys()))?;
                 return Ok(blocks(py, leased, &mask)?.into_any());
             };

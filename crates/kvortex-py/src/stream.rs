@@ -12,14 +12,18 @@ use crate::keys::kind_of;
 /// else the default stream. Host memory has no stream.
 pub(crate) fn in_stream(pages: Pages, stream: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<Pages> {
     match (pages.place(), stream) {
-        (Place::Host, None) => Ok(pages),
-        (Place::Host, Some(stream)) => {
-            let shown = shown(stream);
-            Err(invalid(format!("stream is {shown}, but the blocks are in host memory: pass stream=None")))
-        }
+        (Place::Host, stream) => no_stream(stream).map(|()| pages),
         (Place::Device(_), Some(stream)) => Ok(pages.in_stream(handle(stream)?)),
         (Place::Device(ordinal), None) => Ok(pages.in_stream(current(py, ordinal)?)),
     }
+}
+
+/// Refuses a stream for host memory, which would not be waited for.
+pub(crate) fn no_stream(stream: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    stream.map_or(Ok(()), |stream| {
+        let shown = shown(stream);
+        Err(invalid(format!("stream is {shown}, but the blocks are in host memory: pass stream=None")))
+    })
 }
 
 fn handle(stream: &Bound<'_, PyAny>) -> PyResult<RawStream> {

@@ -227,7 +227,7 @@ def test_a_failed_first_save_binds_nothing(engine):
 
 def test_every_error_is_one_of_ours():
     kinds = [kind for _, kind in inspect.getmembers(kvortex, inspect.isclass) if issubclass(kind, BaseException)]
-    assert len(kinds) == 14
+    assert len(kinds) == 16
     assert all(issubclass(kind, kvortex.KVortexError) for kind in kinds)
     assert all(kind.__module__ == "kvortex" and kind.__doc__ for kind in kinds)
     assert issubclass(kvortex.KVortexError, Exception)

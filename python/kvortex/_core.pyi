@@ -16,6 +16,8 @@ __all__ = [
     "CapacityError",
     "ClosedError",
     "ConfigError",
+    "CudaError",
+    "CudaUnavailableError",
     "DoubleFreeError",
     "ForeignPointerError",
     "ForkedProcessError",
@@ -28,10 +30,13 @@ __all__ = [
     "LayoutError",
     "Lease",
     "Namespace",
+    "PagedBlocks",
+    "PagedCache",
     "PinnedBuffer",
     "PinnedHostPool",
     "PoolError",
     "PoolExhaustedError",
+    "RawTensor",
     "Report",
     "Segments",
     "Ticket",
@@ -46,17 +51,27 @@ __all__ = [
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> Any: ...
 
-_Tensor: TypeAlias = _SupportsDLPack | ReadableBuffer
-"""One array: anything with ``__dlpack__`` in host memory (torch, numpy, JAX, CuPy) or the buffer protocol."""
+@type_check_only
+class _CudaStream(Protocol):
+    @property
+    def cuda_stream(self) -> int: ...
 
-_Blocks: TypeAlias = _Tensor | Sequence[_Tensor] | Segments
-"""n blocks: one array whose leading dimension is n, a list or tuple of n arrays (one per block), or Segments."""
+_Tensor: TypeAlias = _SupportsDLPack | ReadableBuffer | RawTensor
+"""One array: anything with ``__dlpack__`` in host or CUDA memory (torch, numpy, JAX, CuPy) or the buffer protocol."""
+
+_Blocks: TypeAlias = _Tensor | Sequence[_Tensor] | Segments | PagedBlocks
+"""n blocks: one array whose leading dimension is n, a list or tuple of n arrays (one per block), Segments, or blocks of
+a PagedCache."""
+
+_Stream: TypeAlias = int | _CudaStream | None
+"""A CUDA stream by its handle, or an object that has it as ``cuda_stream`` (torch). None: torch's current stream of the
+device if torch uses CUDA, else the default stream. Blocks in host memory take None only."""
+
+_Numbers: TypeAlias = _Tensor | Sequence[int]
+"""Whole numbers: a list or tuple, or a one-dimensional array of any integer type in host memory."""
 
 _Keys: TypeAlias = ReadableBuffer | list[bytes] | tuple[bytes, ...]
 """n keys: packed bytes of n * 32, or a list or tuple of 32-byte bytes."""
-
-_Tokens: TypeAlias = _Tensor | Sequence[int]
-"""Token ids of one prompt: a list or tuple, or a one-dimensional array of any integer type."""
 
 _Field: TypeAlias = bool | int | float | str | bytes | list[_Field] | tuple[_Field, ...] | None
 
@@ -78,7 +93,7 @@ class InvalidArgumentError(KVortexError):
     """An argument cannot work; nothing was changed."""
 
 class CapacityError(KVortexError):
-    """Host memory is too small, or cannot be had."""
+    """Memory is too small, or cannot be had."""
 
 class ClosedError(KVortexError):
     """The engine or pool was shut down."""
@@ -90,7 +105,13 @@ class KVortexTimeoutError(KVortexError):
     """A ticket was not done in time; it stays valid and the copy goes on."""
 
 class UnsupportedError(KVortexError):
-    """Something that KVortex does not do, such as memory on a device."""
+    """Something that KVortex does not do, such as memory where it does not reach."""
+
+class CudaError(KVortexError):
+    """A call of the GPU's driver failed, or the GPU is lost to this process."""
+
+class CudaUnavailableError(KVortexError):
+    """There is no GPU or driver that can be used."""
 
 class TransferError(KVortexError):
     """A copy failed; nothing of it is visible."""
@@ -135,26 +156,27 @@ class KVortexEngine:
         digest, or ``b""`` for none; the ``namespace`` text of the configuration is mixed in.
         """
 
-    def save_blocks(self, keys: _Keys, data: _Blocks) -> Report:
+    def save_blocks(self, keys: _Keys, data: _Blocks, *, stream: _Stream = None) -> Report:
         """Stores the blocks that are not there yet, block i of ``data`` under key i.
 
-        The GIL is released while bytes are copied; ``data`` must not change meanwhile. Raises LayoutError when a block
-        has other than ``block_size_bytes`` bytes, UnsupportedError for memory on a device, TransferError when a copy
-        failed.
+        The GIL is released while bytes are copied; ``data`` must not change meanwhile. Memory of a GPU is read after
+        what ``stream`` was given before the call. Raises LayoutError when a block has other than ``block_size_bytes``
+        bytes, UnsupportedError for memory of a GPU that the engine does not reach, TransferError when a copy failed.
         """
 
     @overload
-    def load_blocks(self, keys: _Keys, out: None = None) -> list[Block | None]:
+    def load_blocks(self, keys: _Keys, out: None = None, *, stream: _Stream = None) -> list[Block | None]:
         """Returns a read-only Block for each key that is there, in place, and None for the others.
 
         The blocks of one call are leased together until the last of them, and of the arrays made from them, has ended.
         """
 
     @overload
-    def load_blocks(self, keys: _Keys, out: _Blocks) -> Report:
+    def load_blocks(self, keys: _Keys, out: _Blocks, *, stream: _Stream = None) -> Report:
         """Copies the blocks that are there into ``out`` and leaves the rest of it as it is.
 
-        ``out`` must be writable and must not overlap itself. Raises as ``save_blocks`` does.
+        ``out`` must be writable and must not overlap itself. Memory of a GPU is written after what ``stream`` was given
+        before the call, and before what it is given later. Raises as ``save_blocks`` does.
         """
 
     def check_blocks(self, keys: _Keys) -> BlockMask:
@@ -166,10 +188,10 @@ class KVortexEngine:
     def lease_prefix(self, keys: _Keys) -> Lease:
         """Leases the longest prefix that is there, so that it is not evicted before it is loaded."""
 
-    def save_blocks_async(self, keys: _Keys, data: _Blocks) -> Ticket:
+    def save_blocks_async(self, keys: _Keys, data: _Blocks, *, stream: _Stream = None) -> Ticket:
         """As ``save_blocks``, but returns at once. ``data`` is kept alive and must stay as it is until it is done."""
 
-    def load_blocks_async(self, keys: _Keys, out: _Blocks) -> Ticket:
+    def load_blocks_async(self, keys: _Keys, out: _Blocks, *, stream: _Stream = None) -> Ticket:
         """As ``load_blocks`` with ``out``, but returns at once. ``out`` is the engine's until the ticket is done."""
 
     def wait(self, ticket: Ticket, timeout_ms: int | None = None) -> Report:
@@ -224,6 +246,65 @@ class Segments:
         """The parts, in the order of a block's bytes."""
 
     def __len__(self) -> int: ...
+
+@final
+class RawTensor:
+    """Memory at an address, passed where a tensor is: ``RawTensor(ptr, shape, strides, itemsize, device="cuda:0")``.
+
+    ``strides`` are in items, None for C order without gaps; ``device`` is "cpu", "cuda", "cuda:1" or a torch.device.
+    Nobody checks that the memory is there: ``owner`` is kept alive as long as a copy or a PagedCache needs it.
+    """
+
+    def __new__(
+        cls,
+        ptr: int,
+        shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        itemsize: int = 1,
+        *,
+        device: object = "cpu",
+        owner: object = None,
+        writable: bool = True,
+    ) -> Self: ...
+    @property
+    def ptr(self) -> int:
+        """Address of item 0."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one item."""
+
+@final
+class PagedCache:
+    """An engine's paged KV memory, described once: one tensor or a list of them, each with a dimension of blocks.
+
+    Block i is the bytes of block i of each tensor, one tensor after the other, each in C order of its other dimensions.
+    The tensors are kept alive; any strides will do.
+    """
+
+    def __new__(cls, tensors: _Tensor | Sequence[_Tensor], block_dim: int = 0) -> Self: ...
+    def blocks(self, block_ids: _Numbers) -> PagedBlocks:
+        """Blocks by their numbers, thousands per call."""
+
+    def slots(self, slot_mapping: _Numbers, block_tokens: int = 16) -> PagedBlocks:
+        """The blocks of a slot mapping: block * block_tokens + offset for each token of whole blocks, in order."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def block_size_bytes(self) -> int:
+        """Bytes of one block, all tensors together."""
+
+@final
+class PagedBlocks:
+    """Blocks of a PagedCache, to be passed as data or as targets. A target must not name a block twice."""
+
+    def __len__(self) -> int: ...
+    @property
+    def block_ids(self) -> list[int]:
+        """The numbers of the blocks."""
 
 @final
 class Report:
@@ -383,7 +464,7 @@ class KeyChain:
     """
 
     def __new__(cls, namespace: Namespace | bytes, block_tokens: int = 16, extra: bytes = b"") -> Self: ...
-    def extend(self, tokens: _Tokens, extra: bytes = b"") -> bytes:
+    def extend(self, tokens: _Numbers, extra: bytes = b"") -> bytes:
         """Adds token ids and returns the packed keys of the blocks that became full.
 
         ``extra``, such as the digest of an image, is mixed into exactly those. Raises InvalidArgumentError for an id
@@ -408,7 +489,7 @@ class KeyChain:
     def copy(self) -> KeyChain:
         """A chain that goes on from here by itself."""
 
-def hash_tokens(namespace: Namespace | bytes, tokens: _Tokens, block_tokens: int = 16, extra: bytes = b"") -> bytes:
+def hash_tokens(namespace: Namespace | bytes, tokens: _Numbers, block_tokens: int = 16, extra: bytes = b"") -> bytes:
     """The packed keys of all full blocks of a prompt: ``KeyChain(namespace, block_tokens, extra).extend(tokens)``."""
 
 @final

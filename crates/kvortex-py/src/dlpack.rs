@@ -18,7 +18,7 @@ use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvortex::LeasedBlocks;
-use kvortex_mem::span::Region;
+use kvortex_mem::span::{self, Region};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyException, PyTypeError};
 use pyo3::ffi;
@@ -29,8 +29,10 @@ use pyo3::types::{PyBool, PyCapsule, PyCapsuleMethods, PyDict, PyMemoryView};
 use crate::errors::{UnsupportedError, entry, invalid};
 use crate::keys::kind_of;
 use crate::pool::Piece;
+use crate::raw::RawTensor;
 
 const CPU: i32 = 1;
+const CUDA: i32 = 2;
 const CUDA_HOST: i32 = 3;
 
 const LEGACY: &CStr = c"dltensor";
@@ -125,6 +127,7 @@ struct Claim {
     strides: Vec<isize>,
     kind: Items,
     access: Access,
+    place: span::Place,
 }
 
 /// Which argument of a call is meant, for messages.
@@ -154,10 +157,12 @@ impl Tensor {
     /// is, for messages.
     pub(crate) fn import(object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<Self> {
         let py = object.py();
+        if let Ok(raw) = object.cast::<RawTensor>() {
+            return Self::from_raw(raw, name);
+        }
         let mut refusal = None;
         if let Some(export) = object.getattr_opt(intern!(py, "__dlpack__"))? {
-            check_device(object, name)?;
-            match export_capsule(&export) {
+            match export_capsule(&export, check_device(object, name)?) {
                 Ok(capsule) => return from_capsule(object, &capsule, name),
                 Err(error) if error.is_instance_of::<PyException>(py) => refusal = Some(error),
                 Err(error) => return Err(error),
@@ -169,10 +174,25 @@ impl Tensor {
         }
     }
 
-    /// The items of an array of one dimension, in order; none unless they have `N` bytes.
+    fn from_raw(raw: &Bound<'_, RawTensor>, name: Name<'_>) -> PyResult<Self> {
+        let this = raw.get();
+        let strides = match &this.strides {
+            Some(strides) => strides.iter().map(|stride| stride.checked_mul(this.itemsize as isize)).collect(),
+            None => compact_strides(this.itemsize, &this.shape),
+        };
+        let strides = strides.ok_or_else(|| invalid(format!("{name} has strides beyond any address")))?;
+        let access = if this.writable { Access::Writable } else { Access::ReadOnly };
+        let (data, itemsize, shape, place) = (this.ptr as *mut u8, this.itemsize, this.shape.clone(), this.place);
+        let claim = Claim { data, itemsize, shape, strides, kind: Items::Other, access, place };
+        // SAFETY: who makes a `RawTensor` vouches for its memory while its owner lives, as who makes a capsule does; the object
+        // holds the owner.
+        unsafe { Self::believe(claim, raw.clone().into_any().unbind(), name) }
+    }
+
+    /// The items of an array of one dimension, in order; none unless they have `N` bytes and the CPU can read them.
     pub(crate) fn items<const N: usize>(&self) -> impl ExactSizeIterator<Item = [u8; N]> + '_ {
         let (count, stride) = match (self.shape.as_slice(), self.strides.as_slice()) {
-            (&[count], &[stride]) if self.itemsize == N => (count, stride),
+            (&[count], &[stride]) if self.itemsize == N && self.region.place() == span::Place::Host => (count, stride),
             _ => (0, 0),
         };
         let first = (self.region.addr() as *const [u8; N]).wrapping_byte_offset(self.origin);
@@ -198,6 +218,7 @@ impl Tensor {
         // SAFETY: the extent covers exactly the items of the claim, which the caller vouches for; a `Py` may be dropped on any
         // thread.
         let region = unsafe { Region::from_raw(base, extent.len, claim.access == Access::Writable, Box::new(keeper)) };
+        let region = region.at(claim.place);
         let Claim { itemsize, shape, strides, kind, access, .. } = claim;
         Ok(Self { region, origin: -extent.start, itemsize, shape, strides, kind, access })
     }
@@ -227,25 +248,26 @@ fn compact_strides(itemsize: usize, shape: &[usize]) -> Option<Vec<isize>> {
     Some(strides)
 }
 
-/// Refuses memory of a device before it is asked for, so that no device is waited for.
-fn check_device(object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<()> {
+/// Where an object says that it is. Refuses devices that we do not know before anything is asked of them.
+fn check_device(object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<span::Place> {
     let py = object.py();
     // Tensors of torch say this a hundred times faster. The capsule has the last word anyway.
     if object.getattr_opt(intern!(py, "is_cpu"))?.is_some_and(|is_cpu| is_cpu.is(PyBool::new(py, true))) {
-        return Ok(());
+        return Ok(span::Place::Host);
     }
-    let Some(device) = object.getattr_opt(intern!(py, "__dlpack_device__"))? else { return Ok(()) };
+    let Some(device) = object.getattr_opt(intern!(py, "__dlpack_device__"))? else { return Ok(span::Place::Host) };
     let (kind, id): (i32, i32) = match device.call0().and_then(|device| device.extract()) {
         Ok(device) => device,
         Err(error) => return Err(refused(object, name, Some(error))),
     };
-    host_only(DlDevice { kind, id }, name)
+    place_of(DlDevice { kind, id }, name)
 }
 
-fn host_only(device: DlDevice, name: Name<'_>) -> PyResult<()> {
+fn place_of(device: DlDevice, name: Name<'_>) -> PyResult<span::Place> {
     let kind = match device.kind {
-        CPU | CUDA_HOST => return Ok(()),
-        2 => "cuda",
+        CPU | CUDA_HOST => return Ok(span::Place::Host),
+        CUDA if device.id >= 0 => return Ok(span::Place::Device(device.id.unsigned_abs())),
+        CUDA => "cuda",
         4 => "opencl",
         7 => "vulkan",
         8 => "metal",
@@ -256,17 +278,22 @@ fn host_only(device: DlDevice, name: Name<'_>) -> PyResult<()> {
     };
     let number = if kind == "DLPack type" { device.kind } else { device.id };
     Err(UnsupportedError::new_err(format!(
-        "{name} is on device {kind}:{number}, and KVortex copies host memory only: pass it with .cpu()"
+        "{name} is on device {kind}:{number}, and KVortex copies host and CUDA memory only: pass it with .cpu()"
     )))
 }
 
-/// Calls `__dlpack__`, telling new producers that we read the versioned form.
-fn export_capsule<'py>(export: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
+/// Calls `__dlpack__`, telling new producers that we read the versioned form. A device's producer is told to wait for nothing:
+/// copies are put in order by the stream that goes with the call.
+fn export_capsule<'py>(export: &Bound<'py, PyAny>, place: span::Place) -> PyResult<Bound<'py, PyCapsule>> {
     let py = export.py();
-    let versions = PyDict::new(py);
-    versions.set_item(intern!(py, "max_version"), (MAJOR, 0))?;
-    let capsule = match export.call((), Some(&versions)) {
-        Err(error) if error.is_instance_of::<PyTypeError>(py) => export.call0()?,
+    let wishes = PyDict::new(py);
+    if place != span::Place::Host {
+        wishes.set_item(intern!(py, "stream"), -1)?;
+    }
+    let versioned = wishes.copy()?;
+    versioned.set_item(intern!(py, "max_version"), (MAJOR, 0))?;
+    let capsule = match export.call((), Some(&versioned)) {
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => export.call((), Some(&wishes))?,
         other => other?,
     };
     Ok(capsule.cast_into::<PyCapsule>()?)
@@ -307,9 +334,9 @@ fn from_capsule(object: &Bound<'_, PyAny>, capsule: &Bound<'_, PyCapsule>, name:
         // SAFETY: the name says what the capsule holds.
         (unsafe { &legacy.cast::<DlLegacy>().as_ref().tensor }, access_by_buffer(object))
     };
-    host_only(tensor.device, name)?;
+    let place = place_of(tensor.device, name)?;
     // SAFETY: as above: what DLPack says of shape and strides holds for this tensor.
-    let claim = unsafe { read_claim(tensor, access, name) }?;
+    let claim = Claim { place, ..unsafe { read_claim(tensor, access, name) }? };
     // SAFETY: DLPack promises these items, writable unless flagged, until the deleter runs, which the capsule does at its end.
     unsafe { Tensor::believe(claim, capsule.clone().into_any().unbind(), name) }
 }
@@ -351,7 +378,7 @@ unsafe fn read_claim(tensor: &DlTensor, access: Access, name: Name<'_>) -> PyRes
     };
     let data = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize);
     let data = if tensor.data.is_null() { ptr::null_mut() } else { data };
-    Ok(Claim { data, itemsize, shape, strides, kind, access })
+    Ok(Claim { data, itemsize, shape, strides, kind, access, place: span::Place::Host })
 }
 
 fn scale(stride: i64, itemsize: usize) -> Option<isize> {
@@ -391,6 +418,7 @@ fn from_view(view: &Bound<'_, PyMemoryView>, name: Name<'_>) -> PyResult<Tensor>
         strides: if scalar { Vec::new() } else { buffer.strides().to_vec() },
         kind: items_of(format.as_bytes()),
         access: if buffer.readonly() { Access::ReadOnly } else { Access::Writable },
+        place: span::Place::Host,
     };
     // SAFETY: the buffer protocol promises these items, writable unless it said read-only, while the export lasts; the
     // memoryview holds the export and nobody else can release it.

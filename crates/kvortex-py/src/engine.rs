@@ -15,6 +15,7 @@ use crate::identity::namespace;
 use crate::keys::PackedKeys;
 use crate::logs;
 use crate::number::whole;
+use crate::stream::no_stream;
 use crate::tensors::{sources, targets};
 
 /// How long copies in flight may take at the end of the process.
@@ -93,11 +94,19 @@ impl PyEngine {
     /// Stores the blocks that are not there yet, block `i` of `data` under key `i`.
     ///
     /// `keys` is packed bytes of n * 32, or a list of 32-byte bytes. `data` is one tensor with a leading dimension of n, a list
-    /// of n tensors, or Segments; any dtype, contiguous or strided.
-    fn save_blocks(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<PyReport> {
+    /// of n tensors, Segments, or PagedBlocks; any dtype, contiguous or strided. `stream` is the one that wrote it on a GPU,
+    /// torch's current one by default.
+    #[pyo3(signature = (keys, data, *, stream=None))]
+    fn save_blocks(
+        &self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        stream: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PyReport> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = sources(data, keys.len())?;
+            let pages = sources(data, keys.len(), stream)?;
             PyReport::new(py, self.call(py, |engine| engine.save(keys.keys(), pages))?)
         })
     }
@@ -105,20 +114,22 @@ impl PyEngine {
     /// With `out`, copies the blocks that are there into it and leaves the rest of it as it is. Without, returns a read-only
     /// Block for each key that is there, in place and without a copy, and None for the others; the blocks of one call are
     /// leased together until the last of them ends.
-    #[pyo3(signature = (keys, out=None))]
+    #[pyo3(signature = (keys, out=None, *, stream=None))]
     fn load_blocks<'py>(
         &self,
         py: Python<'py>,
         keys: &Bound<'py, PyAny>,
         out: Option<&Bound<'py, PyAny>>,
+        stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let Some(out) = out else {
+                no_stream(stream)?;
                 let (leased, mask) = self.call(py, |engine| engine.lease_each(keys.keys()))?;
                 return Ok(blocks(py, leased, &mask)?.into_any());
             };
-            let pages = targets(out, keys.len())?;
+            let pages = targets(out, keys.len(), stream)?;
             let report = self.call(py, |engine| engine.load(keys.keys(), pages))?;
             PyReport::new(py, report)?.into_bound_py_any(py)
         })
@@ -149,24 +160,33 @@ impl PyEngine {
     }
 
     /// As `save_blocks`, but returns at once. `data` must not change until the ticket is done.
+    #[pyo3(signature = (keys, data, *, stream=None))]
     fn save_blocks_async(
         &self,
         py: Python<'_>,
         keys: &Bound<'_, PyAny>,
         data: &Bound<'_, PyAny>,
+        stream: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = sources(data, keys.len())?;
+            let pages = sources(data, keys.len(), stream)?;
             self.call(py, |engine| engine.save_async(keys.keys(), pages)).map(PyTicket)
         })
     }
 
     /// As `load_blocks` with `out`, but returns at once. `out` is the engine's until the ticket is done.
-    fn load_blocks_async(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PyTicket> {
+    #[pyo3(signature = (keys, out, *, stream=None))]
+    fn load_blocks_async(
+        &self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        stream: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            let pages = targets(out, keys.len())?;
+            let pages = targets(out, keys.len(), stream)?;
             self.call(py, |engine| engine.load_async(keys.keys(), pages)).map(PyTicket)
         })
     }

@@ -21,11 +21,13 @@ exceptions! {
     ConfigError < KVortexError: "A setting is unknown or has a value that cannot work.";
     LayoutError < KVortexError: "Blocks of another size or namespace than the engine holds.";
     InvalidArgumentError < KVortexError: "An argument cannot work; nothing was changed.";
-    CapacityError < KVortexError: "Host memory is too small, or cannot be had.";
+    CapacityError < KVortexError: "Memory is too small, or cannot be had.";
     ClosedError < KVortexError: "The engine or pool was shut down.";
     ForkedProcessError < KVortexError: "The engine belongs to the parent of this process; create one after the fork.";
     KVortexTimeoutError < KVortexError: "A ticket was not done in time; it stays valid and the copy goes on.";
-    UnsupportedError < KVortexError: "Something that KVortex does not do, such as memory on a device.";
+    UnsupportedError < KVortexError: "Something that KVortex does not do, such as memory where it does not reach.";
+    CudaError < KVortexError: "A call of the GPU's driver failed, or the GPU is lost to this process.";
+    CudaUnavailableError < KVortexError: "There is no GPU or driver that can be used.";
     TransferError < KVortexError: "A copy failed; nothing of it is visible.";
     PoolError < KVortexError: "Base of the errors of PinnedHostPool.";
     PoolExhaustedError < PoolError: "The pool has no free run that is long enough.";
@@ -59,6 +61,10 @@ pub(crate) fn raise_mem(error: &MemError) -> PyErr {
     let message = error.to_string();
     match error {
         MemError::Map { .. } | MemError::TooLarge { .. } | MemError::TooSmall { .. } => CapacityError::new_err(message),
+        MemError::OutOfDeviceMemory { .. } => CapacityError::new_err(message),
+        MemError::NoDevice { .. } => CudaUnavailableError::new_err(message),
+        MemError::Device { .. } | MemError::DeviceLost { .. } => CudaError::new_err(message),
+        MemError::WrongPlace { .. } => UnsupportedError::new_err(message),
         MemError::NoSuchNode { .. } | MemError::TooManySlots { .. } => ConfigError::new_err(message),
         MemError::OutOfMemory { .. } => PoolExhaustedError::new_err(message),
         MemError::ForeignPointer { .. } => ForeignPointerError::new_err(message),

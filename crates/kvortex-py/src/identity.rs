@@ -2,14 +2,16 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kvortex::{Error, KeyChain, Namespace, Value};
+use kvortex::{Error, KeyChain, MAX_TOKENS, Namespace, Value};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 
 use crate::errors::{detached, entry, invalid, raise};
 use crate::keys::kind_of;
 use crate::number::whole;
-use crate::tokens::Tokens;
+use crate::numbers::Numbers;
+
+const TOKENS: &Numbers = &Numbers { name: "tokens", one: "a token id", whole: "prompt", most: MAX_TOKENS };
 
 /// Lists within lists of a namespace's values; also what stops a list that contains itself.
 const MAX_DEPTH: usize = 32;
@@ -145,9 +147,9 @@ impl PyKeyChain {
         extra: Option<&[u8]>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         entry(py, || {
-            let tokens = Tokens::from_python(tokens)?;
+            let tokens = TOKENS.take(tokens)?;
             let keys = detached(py, || {
-                let ids = tokens.ids().map_err(Error::InvalidArgument)?;
+                let ids = tokens.read().map_err(Error::InvalidArgument)?;
                 self.lock().extend(&ids, extra.unwrap_or_default()).map(<[u8]>::to_vec)
             })?;
             Ok(PyBytes::new(py, &keys))
@@ -219,9 +221,9 @@ pub(crate) fn hash_tokens<'py>(
 ) -> PyResult<Bound<'py, PyBytes>> {
     entry(py, || {
         let mut chain = chain(namespace, block_tokens, extra)?;
-        let tokens = Tokens::from_python(tokens)?;
+        let tokens = TOKENS.take(tokens)?;
         let keys = detached(py, || {
-            let ids = tokens.ids().map_err(Error::InvalidArgument)?;
+            let ids = tokens.read().map_err(Error::InvalidArgument)?;
             chain.extend(&ids, b"").map(<[u8]>::to_vec)
         })?;
         Ok(PyBytes::new(py, &keys))

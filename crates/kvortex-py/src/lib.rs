@@ -15,9 +15,12 @@ mod identity;
 mod keys;
 mod logs;
 mod number;
+mod numbers;
+mod paged;
 mod pool;
+mod raw;
+mod stream;
 mod tensors;
-mod tokens;
 
 /// The native part of kvortex; import `kvortex` instead.
 #[pymodule(gil_used = false)]
@@ -32,14 +35,18 @@ mod _core {
     use engine::PyEngine;
     #[pymodule_export]
     use errors::{
-        CapacityError, ClosedError, ConfigError, DoubleFreeError, ForeignPointerError, ForkedProcessError,
-        InvalidArgumentError, KVortexError, KVortexTimeoutError, LayoutError, PoolError, PoolExhaustedError,
-        TransferError, UnsupportedError,
+        CapacityError, ClosedError, ConfigError, CudaError, CudaUnavailableError, DoubleFreeError, ForeignPointerError,
+        ForkedProcessError, InvalidArgumentError, KVortexError, KVortexTimeoutError, LayoutError, PoolError,
+        PoolExhaustedError, TransferError, UnsupportedError,
     };
     #[pymodule_export]
     use identity::{PyKeyChain, PyNamespace, hash_tokens};
     #[pymodule_export]
+    use paged::{PagedBlocks, PagedCache};
+    #[pymodule_export]
     use pool::{PinnedBuffer, PyPool};
+    #[pymodule_export]
+    use raw::RawTensor;
     #[pymodule_export]
     use tensors::Segments;
 

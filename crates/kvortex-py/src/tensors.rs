@@ -10,6 +10,8 @@ use pyo3::types::{PyList, PyTuple};
 use crate::dlpack::{Access, Name, Tensor};
 use crate::errors::invalid;
 use crate::keys::kind_of;
+use crate::paged::PagedBlocks;
+use crate::stream::in_stream;
 
 /// Blocks whose bytes lie in several tensors: block `i` is `t0[i]`, `t1[i]`, ... one after the other, each in C order.
 ///
@@ -42,14 +44,14 @@ impl Segments {
     }
 }
 
-/// Reads `data` as `count` pages that are only read.
-pub(crate) fn sources(data: &Bound<'_, PyAny>, count: usize) -> PyResult<Pages> {
-    Wanted { count, written: false }.pages(data, "data")
+/// Reads `data` as `count` pages that are only read, after what `stream` was given.
+pub(crate) fn sources(data: &Bound<'_, PyAny>, count: usize, stream: Option<&Bound<'_, PyAny>>) -> PyResult<Pages> {
+    in_stream(Wanted { count, written: false }.pages(data, "data")?, stream, data.py())
 }
 
-/// Reads `out` as `count` pages that are written.
-pub(crate) fn targets(out: &Bound<'_, PyAny>, count: usize) -> PyResult<Pages> {
-    Wanted { count, written: true }.pages(out, "out")
+/// Reads `out` as `count` pages that are written, after what `stream` was given and before what it will be given.
+pub(crate) fn targets(out: &Bound<'_, PyAny>, count: usize, stream: Option<&Bound<'_, PyAny>>) -> PyResult<Pages> {
+    in_stream(Wanted { count, written: true }.pages(out, "out")?, stream, out.py())
 }
 
 /// What an argument must be. The name that goes with it is for messages.
@@ -61,6 +63,9 @@ struct Wanted {
 
 impl Wanted {
     fn pages(self, blocks: &Bound<'_, PyAny>, name: &str) -> PyResult<Pages> {
+        if let Ok(blocks) = blocks.cast::<PagedBlocks>() {
+            return self.paged(blocks.get(), name);
+        }
         let segments = match blocks.cast::<Segments>() {
             Ok(parts) => {
                 let parts = parts.get().tensors.bind(blocks.py()).iter().enumerate();
@@ -69,6 +74,14 @@ impl Wanted {
             Err(_) => vec![self.segment(blocks, name)?],
         };
         Pages::new(segments).map_err(|error| invalid(format!("{name}: {error}")))
+    }
+
+    fn paged(self, blocks: &PagedBlocks, name: &str) -> PyResult<Pages> {
+        let (found, count) = (blocks.count(), self.count);
+        if found != count {
+            return Err(invalid(format!("{name} has {found} blocks for {count} keys: give one block id for each key")));
+        }
+        blocks.pages(self.written, name)
     }
 
     fn segment(self, part: &Bound<'_, PyAny>, name: &str) -> PyResult<Segment> {
@@ -113,21 +126,27 @@ impl Wanted {
 
     fn tensor(self, object: &Bound<'_, PyAny>, name: Name<'_>) -> PyResult<Tensor> {
         let tensor = Tensor::import(object, name)?;
-        match tensor.access {
-            Access::ReadOnly if self.written => {
-                Err(invalid(format!("{name} is read-only: pass memory that can be written")))
-            }
-            Access::Unsaid if self.written => Err(invalid(format!(
-                "{name} is {} whose DLPack, older than 1.0, cannot say whether it may be written: pass a numpy or torch array",
-                kind_of(object)
-            ))),
-            _ => Ok(tensor),
+        if self.written {
+            writable(tensor.access, name, || kind_of(object))?;
         }
+        Ok(tensor)
+    }
+}
+
+/// Refuses memory that must not be written.
+pub(crate) fn writable(access: Access, name: Name<'_>, kind: impl FnOnce() -> String) -> PyResult<()> {
+    match access {
+        Access::Writable => Ok(()),
+        Access::ReadOnly => Err(invalid(format!("{name} is read-only: pass memory that can be written"))),
+        Access::Unsaid => Err(invalid(format!(
+            "{name} is {} whose DLPack, older than 1.0, cannot say whether it may be written: pass a numpy or torch array",
+            kind()
+        ))),
     }
 }
 
 /// The items of a list or tuple; None for anything else, which is then a tensor or nothing we know.
-fn sequence<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
+pub(crate) fn sequence<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
     match object.cast::<PyList>() {
         Ok(list) => Some(list.iter().collect()),
         Err(_) => object.cast::<PyTuple>().ok().map(|tuple| tuple.iter().collect()),

@@ -391,8 +391,19 @@ impl Engine {
         }
     }
 
+    fn check_pages(&self, keys: Keys<'_>, pages: &Pages) -> Result<()> {
+        check_count(keys.len())?;
+        if keys.len() != pages.count() {
+            let (keys, pages) = (keys.len(), pages.count());
+            return Err(Error::invalid(format!(
+                "{keys} keys do not go with {pages} blocks of data: give one block for each key"
+            )));
+        }
+        Ok(self.inner.copies.reaches(pages.place())?)
+    }
+
     fn start_save(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
-        check_pages(keys, pages)?;
+        self.check_pages(keys, pages)?;
         if keys.is_empty() {
             return self.bound().map(|_| None);
         }
@@ -402,7 +413,7 @@ impl Engine {
     }
 
     fn start_load(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
-        check_pages(keys, pages)?;
+        self.check_pages(keys, pages)?;
         if !pages.is_writable() {
             return Err(bad_target(&MemError::ReadOnly));
         }
@@ -468,17 +479,6 @@ fn too_small(pool_bytes: usize, error: &MemError) -> Error {
 fn check_count(keys: usize) -> Result<()> {
     if keys > MAX_TOKENS {
         return Err(Error::invalid(format!("one call may have at most {MAX_TOKENS} keys, not {keys}: split it")));
-    }
-    Ok(())
-}
-
-fn check_pages(keys: Keys<'_>, pages: &Pages) -> Result<()> {
-    check_count(keys.len())?;
-    if keys.len() != pages.count() {
-        let (keys, pages) = (keys.len(), pages.count());
-        return Err(Error::invalid(format!(
-            "{keys} keys do not go with {pages} blocks of data: give one block for each key"
-        )));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::*;
 use kvortex::{Engine, EngineConfig, Error, Keys, Namespace, Stats};
-use kvortex_mem::span::{Pages, Pattern, Region, Segment};
+use kvortex_mem::span::{Pages, Pattern, Place, Region, Segment};
 
 #[test]
 fn what_was_saved_comes_back() {
@@ -259,4 +259,25 @@ fn a_closed_engine_says_so() {
     assert!(matches!(engine.match_prefix(Keys::from_slices(&some)), Err(Error::Closed)));
     assert!(matches!(engine.reset(), Err(Error::Closed)));
     assert_eq!(engine.stats().save.blocks, 2, "counters stay");
+}
+
+#[test]
+fn memory_of_a_device_is_refused_before_anything_changes() {
+    let engine = Engine::create(EngineConfig::new(1 << 20)).unwrap();
+    let pages = || {
+        let region = Region::from_vec(vec![0; 3 * BLOCK]).at(Place::Device(1));
+        Pages::contiguous(region, 3).unwrap()
+    };
+    let all = keys(0..3);
+    let keys = || Keys::from_slices(&all);
+    for refused in [
+        engine.save(keys(), pages()).map(drop),
+        engine.load(keys(), pages()).map(drop),
+        engine.save_async(keys(), pages()).map(drop),
+        engine.load_async(keys(), pages()).map(drop),
+    ] {
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains("memory of device 1") && said.contains("device=\"cuda\""), "{said}");
+    }
+    assert_eq!(engine.block_bytes(), None);
 }

@@ -20,8 +20,8 @@ impl ByPlace {
         ByPlace { host, device }
     }
 
-    fn of(&self, pages: &Pages) -> &dyn CopyEngine {
-        match pages.place() {
+    fn of(&self, place: Place) -> &dyn CopyEngine {
+        match place {
             Place::Host => &*self.host,
             Place::Device(_) => &*self.device,
         }
@@ -30,15 +30,19 @@ impl ByPlace {
 
 impl CopyEngine for ByPlace {
     fn run(&self, transfer: Transfer) -> Result<(), MemError> {
-        self.of(transfer.pages()).run(transfer)
+        self.of(transfer.pages().place()).run(transfer)
     }
 
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError> {
-        self.of(transfer.pages()).submit(transfer, done)
+        self.of(transfer.pages().place()).submit(transfer, done)
+    }
+
+    fn reaches(&self, place: Place) -> Result<(), MemError> {
+        self.of(place).reaches(place)
     }
 
     fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError> {
-        self.of(pages).fence(stream, pages)
+        self.of(pages.place()).fence(stream, pages)
     }
 
     fn stop(&self, deadline: Duration) -> bool {

@@ -6,7 +6,6 @@ use super::crew::{Accepted, Crew};
 use super::job::{Copier, Job, guarded};
 use super::{CopyEngine, Done, Transfer};
 use crate::error::MemError;
-use crate::span::reached_by_cpu;
 use crate::sync::{Arc, Condvar, Mutex};
 
 /// Transfers of at most this many bytes are copied by the thread that calls `run`, for waking another takes about as long as
@@ -72,7 +71,7 @@ impl HostCopy {
 impl CopyEngine for HostCopy {
     fn run(&self, transfer: Transfer) -> Result<(), MemError> {
         self.check_process()?;
-        reached_by_cpu(transfer.pages().place())?;
+        self.reaches(transfer.pages().place())?;
         if self.threads() == 1 || transfer.bytes() <= ALONE_BYTES {
             self.run_alone(transfer)
         } else {
@@ -82,7 +81,7 @@ impl CopyEngine for HostCopy {
 
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError> {
         self.check_process()?;
-        reached_by_cpu(transfer.pages().place())?;
+        self.reaches(transfer.pages().place())?;
         let accepted = Accepted::new(&self.crew)?;
         let report: Done = Box::new(move |result| {
             // Declared first, so that it is dropped last, also if `done` panics.

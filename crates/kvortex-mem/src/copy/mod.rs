@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use crate::device::RawStream;
 use crate::error::MemError;
-use crate::span::Pages;
+use crate::span::{Pages, Place, reached_by_cpu};
 
 /// Called once with what came of a submitted transfer.
 pub type Done = Box<dyn FnOnce(Result<(), MemError>) + Send>;
@@ -47,6 +47,11 @@ pub trait CopyEngine: Send + Sync {
     /// transfer was not accepted: it has been dropped, and `done` dropped uncalled. `done` must not block for long, and a
     /// panic in it is logged and otherwise ignored.
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError>;
+
+    /// Fails with [`MemError::WrongPlace`] for pages that `run` and `submit` refuse because of where they are.
+    fn reaches(&self, place: Place) -> Result<(), MemError> {
+        reached_by_cpu(place)
+    }
 
     /// Refuses new work with [`MemError::Stopped`] from now on and waits up to `deadline` for what was accepted. Returns true
     /// if all of it has ended, its `done` calls included. What has not goes on; calling again waits again. Called from

@@ -7,7 +7,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::pages::{Placed, Segment};
+use super::ids::Ids;
+use super::pages::{Placed, Segment, picked_base};
 use super::pattern::{Pattern, Run};
 use crate::sync::Arc;
 
@@ -21,6 +22,9 @@ pub(super) fn first_overlap(segments: &[Placed], count: usize) -> Option<Pair> {
     if let Some(page) = segments.iter().find_map(|placed| overlapping_piece(&placed.segment)) {
         return Some((page, page));
     }
+    if let Some(pages) = segments.iter().find_map(|placed| picked_twice(&placed.segment)) {
+        return Some(pages);
+    }
     let mut bounded: Vec<(Range<usize>, &Segment)> =
         segments.iter().map(|placed| (bounds(&placed.segment), &placed.segment)).collect();
     bounded.sort_unstable_by_key(|(bounds, _)| bounds.start);
@@ -30,7 +34,7 @@ pub(super) fn first_overlap(segments: &[Placed], count: usize) -> Option<Pair> {
 /// A piece that overlaps itself.
 fn overlapping_piece(segment: &Segment) -> Option<usize> {
     match segment {
-        Segment::Table { pattern, .. } => pattern.overlaps_itself().then_some(0),
+        Segment::Table { pattern, .. } | Segment::Picked { pattern, .. } => pattern.overlaps_itself().then_some(0),
         Segment::List(pieces) => {
             let known = |index: usize| index > 0 && Arc::ptr_eq(&pieces[index].pattern, &pieces[index - 1].pattern);
             (0..pieces.len()).find(|&index| !known(index) && pieces[index].pattern.overlaps_itself())
@@ -38,14 +42,30 @@ fn overlapping_piece(segment: &Segment) -> Option<usize> {
     }
 }
 
+/// Two pages that are one piece of a table.
+fn picked_twice(segment: &Segment) -> Option<Pair> {
+    match segment {
+        Segment::Picked { ids, .. } => ids.twice(),
+        Segment::Table { .. } | Segment::List(_) => None,
+    }
+}
+
 /// The addresses from the first to the last byte of a segment that has pieces.
 fn bounds(segment: &Segment) -> Range<usize> {
-    let span = |index: usize| {
-        let (base, pattern) = segment.piece(index);
+    let reach = |base: *mut u8, pattern: &Pattern| {
         let bounds = pattern.bounds();
         (base as usize).wrapping_add_signed(bounds.start)..(base as usize).wrapping_add_signed(bounds.end)
     };
+    let span = |index: usize| {
+        let (base, pattern) = segment.piece(index);
+        reach(base, pattern)
+    };
     match segment {
+        Segment::Picked { region, pattern, first, stride, ids, .. } => {
+            let (lowest, highest) = ids.extremes().unwrap_or_default();
+            let of = |id| reach(picked_base(region, *first, *stride, id), pattern);
+            join(of(lowest), of(highest))
+        }
         Segment::Table { count, .. } => join(span(0), span(count - 1)),
         Segment::List(pieces) => (1..pieces.len()).map(span).fold(span(0), join),
     }
@@ -92,8 +112,30 @@ impl Comb {
                 let same = pieces.iter().all(|piece| Arc::ptr_eq(&piece.pattern, shared));
                 same.then(|| Comb::of_list(segments[0], pieces.len()))
             }
+            [Segment::Picked { .. }, ..] => Comb::of_picked(segments),
             _ => Comb::of_tables(segments, count),
         }
+    }
+
+    /// Tables of one stride of which the same pieces are picked, none twice.
+    fn of_picked(segments: &[&Segment]) -> Option<Comb> {
+        let mut runs = Vec::new();
+        let mut common: Option<(isize, &Arc<Ids>)> = None;
+        for segment in segments {
+            let Segment::Picked { region, pattern, first, stride, ids, .. } = segment else { return None };
+            let (shared, known) = *common.get_or_insert((*stride, ids));
+            if shared != *stride || !(Arc::ptr_eq(known, ids) || known.list() == ids.list()) {
+                return None;
+            }
+            let (lowest, highest) = ids.extremes()?;
+            let id = if *stride < 0 { highest } else { lowest };
+            runs.extend(runs_at(picked_base(region, *first, *stride, id) as usize, pattern));
+        }
+        let (stride, ids) = common?;
+        let (lowest, highest) = ids.extremes()?;
+        let gap = if ids.list().len() == 1 { usize::MAX } else { stride.unsigned_abs() };
+        // The product is in bounds of a region.
+        Some(Comb { runs, gap, reach: (highest - lowest) as usize * stride.unsigned_abs() })
     }
 
     fn of_list(segment: &Segment, count: usize) -> Comb {

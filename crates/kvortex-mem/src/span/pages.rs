@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use super::ids::Ids;
 use super::overlap;
 use super::parts::Parts;
 use super::pattern::Pattern;
@@ -37,6 +38,22 @@ pub enum Segment {
         stride: isize,
         /// Number of pieces.
         count: usize,
+    },
+    /// Pieces picked by number from a table in one region, such as the blocks of an engine's paged memory: piece i has its
+    /// base `first + ids[i] * stride` bytes from the region's base.
+    Picked {
+        /// The memory the pieces lie in.
+        region: Region,
+        /// The fragments of each piece.
+        pattern: Arc<Pattern>,
+        /// Bytes from the region's base to the base of the table's piece 0.
+        first: isize,
+        /// Bytes from the base of one piece of the table to the next; may be negative.
+        stride: isize,
+        /// The pieces, by their numbers in the table.
+        ids: Arc<Ids>,
+        /// Pieces that the table has.
+        table_count: usize,
     },
     /// Pieces anywhere: piece i is the i-th.
     List(Vec<Piece>),
@@ -80,6 +97,7 @@ impl Segment {
     pub fn count(&self) -> usize {
         match self {
             Segment::Table { count, .. } => *count,
+            Segment::Picked { ids, .. } => ids.list().len(),
             Segment::List(pieces) => pieces.len(),
         }
     }
@@ -91,6 +109,9 @@ impl Segment {
                 // No overflow: `Pages::new` has checked the first and the last piece.
                 (region.base().wrapping_offset(first + stride * index as isize), pattern)
             }
+            Segment::Picked { region, pattern, first, stride, ids, .. } => {
+                (picked_base(region, *first, *stride, ids.list()[index]), pattern)
+            }
             Segment::List(pieces) => {
                 let piece = &pieces[index];
                 (piece.region.base().wrapping_offset(piece.offset), &piece.pattern)
@@ -100,7 +121,7 @@ impl Segment {
 
     fn regions(&self) -> impl Iterator<Item = &Region> {
         let (table, list) = match self {
-            Segment::Table { region, .. } => (Some(region), [].iter()),
+            Segment::Table { region, .. } | Segment::Picked { region, .. } => (Some(region), [].iter()),
             Segment::List(pieces) => (None, pieces.iter()),
         };
         table.into_iter().chain(list.map(|piece| &piece.region))
@@ -116,9 +137,28 @@ impl Segment {
                 check_bounds(region, last, pattern)?;
                 Ok(pattern.bytes())
             }
+            Segment::Picked { region, pattern, first, stride, ids, table_count } => {
+                let Some((lowest, highest)) = ids.extremes() else { return Ok(0) };
+                in_table(highest, *table_count)?;
+                for id in [lowest, highest] {
+                    check_bounds(region, *first as i128 + *stride as i128 * id as i128, pattern)?;
+                }
+                Ok(pattern.bytes())
+            }
             Segment::List(pieces) => check_pieces(pieces),
         }
     }
+}
+
+/// Base address of piece `id` of a table.
+pub(super) fn picked_base(region: &Region, first: isize, stride: isize, id: u32) -> *mut u8 {
+    // The sum is in bounds where `Pages::new` has checked it; its parts need not be.
+    region.base().wrapping_offset(first.wrapping_add(stride.wrapping_mul(id as isize)))
+}
+
+fn in_table(id: u32, count: usize) -> Result<(), MemError> {
+    let index = id as usize;
+    if index < count { Ok(()) } else { Err(MemError::OutOfRange { what: "block id", index, count }) }
 }
 
 fn check_pieces(pieces: &[Piece]) -> Result<usize, MemError> {

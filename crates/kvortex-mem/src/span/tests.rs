@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Pages, Pattern, Piece, Region, Run, Segment};
+use super::{Ids, Pages, Pattern, Piece, Region, Run, Segment};
+use crate::device::RawStream;
 use crate::error::MemError;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -86,8 +87,16 @@ proptest! {
 struct Part {
     arrays: Vec<Array>,
     places: Vec<(usize, isize)>,
-    /// Stride, if the segment is a table.
-    table: Option<isize>,
+    form: Form,
+}
+
+#[derive(Debug, Clone)]
+enum Form {
+    List,
+    /// With this stride.
+    Table(isize),
+    /// With the table's first base and stride.
+    Picked(isize, isize, Arc<Ids>),
 }
 
 const REGION: usize = 4096;
@@ -104,10 +113,15 @@ impl Part {
             known.push((array.clone(), Arc::new(array.pattern())));
             Arc::clone(&known[known.len() - 1].1)
         };
-        if let Some(stride) = self.table {
-            let (region, first) = self.places[0];
-            let (region, count) = (regions[region].clone(), self.places.len());
-            return Segment::Table { region, pattern: pattern(0), first, stride, count };
+        let (region, first) = self.places[0];
+        let (region, count) = (regions[region].clone(), self.places.len());
+        match &self.form {
+            Form::List => (),
+            &Form::Table(stride) => return Segment::Table { region, pattern: pattern(0), first, stride, count },
+            Form::Picked(first, stride, ids) => {
+                let (first, stride, ids, pattern) = (*first, *stride, Arc::clone(ids), pattern(0));
+                return Segment::Picked { region, pattern, first, stride, ids, table_count: 9 };
+            }
         }
         let piece = |(index, &(region, offset)): (usize, &(usize, isize))| Piece {
             region: regions[region].clone(),
@@ -133,7 +147,34 @@ fn table(pages: usize) -> impl Strategy<Value = Part> {
     (array(), 0..3usize, 0isize..REGION as isize, strides).prop_map(move |(array, region, first, stride)| Part {
         arrays: vec![array; pages],
         places: (0..pages as isize).map(|page| (region, first + page * stride)).collect(),
-        table: Some(stride),
+        form: Form::Table(stride),
+    })
+}
+
+/// One to three tables of which the same pieces are picked, sometimes one twice, often in one region and with one stride.
+fn picked(pages: usize) -> impl Strategy<Value = Vec<Part>> {
+    let strides = prop_oneof![3 => -120isize..120, 1 => prop::sample::select(vec![0isize, 4, 8, 16, 32, 64, 128])];
+    let ids = prop_oneof![
+        9 => Just((0u32..9).collect::<Vec<_>>()).prop_shuffle().prop_map(move |ids| ids[..pages].to_vec()),
+        1 => vec(0u32..9, pages),
+    ];
+    let tables = vec(
+        (
+            array(),
+            0..3usize,
+            0isize..REGION as isize,
+            prop_oneof![4 => Just(None), 1 => strides.clone().prop_map(Some)],
+        ),
+        1..4,
+    );
+    (ids, strides, tables).prop_map(|(ids, common, tables)| {
+        let ids: Arc<Ids> = Arc::new(ids.into());
+        let part = |(array, region, first, stride): (Array, usize, isize, Option<isize>)| {
+            let stride = stride.unwrap_or(common);
+            let places = ids.list().iter().map(|&id| (region, first + id as isize * stride)).collect();
+            Part { arrays: vec![array; ids.list().len()], places, form: Form::Picked(first, stride, Arc::clone(&ids)) }
+        };
+        tables.into_iter().map(part).collect()
     })
 }
 
@@ -144,13 +185,17 @@ fn list(pages: usize) -> impl Strategy<Value = Part> {
             let dense = Array { item: 1, shape: vec![array.bytes().len()], strides: vec![1] };
             let arrays =
                 (0..pages).map(|page| if mixed && page % 2 == 1 { dense.clone() } else { array.clone() }).collect();
-            Part { arrays, places, table: None }
+            Part { arrays, places, form: Form::List }
         },
     )
 }
 
 fn parts() -> impl Strategy<Value = Vec<Part>> {
-    (1usize..7).prop_flat_map(|pages| vec(prop_oneof![3 => table(pages).boxed(), 2 => list(pages).boxed()], 1..4))
+    (1usize..7).prop_flat_map(|pages| {
+        let one = prop_oneof![3 => table(pages).boxed(), 2 => list(pages).boxed()];
+        let mixed = (picked(pages), vec(one.clone(), 0..2)).prop_map(|(picked, others)| [picked, others].concat());
+        prop_oneof![3 => vec(one, 1..4).boxed(), 2 => picked(pages).boxed(), 1 => mixed.boxed()]
+    })
 }
 
 fn regions() -> Vec<Region> {
@@ -229,6 +274,37 @@ proptest! {
     }
 }
 
+#[test]
+fn pieces_that_a_table_lacks_are_refused() {
+    let region = Region::from_vec(vec![0; 100]);
+    let picked = |first, stride, ids: &[u32], table_count| {
+        let (region, pattern) = (region.clone(), Arc::new(Pattern::contiguous(10)));
+        Pages::new(vec![Segment::Picked {
+            region,
+            pattern,
+            first,
+            stride,
+            ids: Arc::new(ids.to_vec().into()),
+            table_count,
+        }])
+    };
+    assert!(picked(0, 10, &[9, 0, 4], 10).is_ok());
+    assert!(picked(90, -10, &[9, 0, 4], 10).is_ok());
+    assert!(picked(-50, 10, &[9, 5], 10).is_ok(), "pieces that are not picked may lie anywhere");
+    assert_eq!(picked(0, 10, &[], 10).unwrap().count(), 0);
+    let missing = picked(0, 10, &[3, 10], 10).unwrap_err();
+    assert!(matches!(missing, MemError::OutOfRange { index: 10, count: 10, .. }), "{missing}");
+    for (first, stride, ids) in
+        [(1, 10, &[9u32][..]), (-1, 10, &[0]), (0, 10, &[3, 11, 5]), (0, isize::MAX, &[u32::MAX])]
+    {
+        let error = picked(first, stride, ids, usize::MAX).unwrap_err();
+        assert!(matches!(error, MemError::Bounds { len: 100, .. }), "{first} {stride}: {error}");
+    }
+    assert_eq!(picked(0, 10, &[4, 7, 1, 7, 4], 10).unwrap().first_overlap(), Some((0, 4)));
+    assert_eq!(picked(0, 9, &[4, 7, 5], 10).unwrap().first_overlap(), Some((0, 2)));
+    assert_eq!(picked(0, 9, &[4, 7, 1], 10).unwrap().first_overlap(), None);
+}
+
 fn one_table(region: &Region, pattern: Pattern, first: isize, stride: isize, count: usize) -> Segment {
     Segment::Table { region: region.clone(), pattern: Arc::new(pattern), first, stride, count }
 }
@@ -298,7 +374,16 @@ fn common_layouts_are_decided_without_listing_their_fragments() {
         [0, inner].map(|first| one_table(&region, Pattern::contiguous(piece), first, 2 * inner, count));
     let per_layer =
         (0..layers).map(|layer| one_table(&region, Pattern::contiguous(piece), layer as isize * outer, inner, count));
-    for segments in [vec![one], keys_and_values.to_vec(), per_layer.collect()] {
+    let ids: Arc<Ids> = Arc::new((0..count as u32).rev().filter(|id| id % 3 != 0).collect::<Vec<_>>().into());
+    let pick = |segment: &Segment| match segment.clone() {
+        Segment::Table { region, pattern, first, stride, count: table_count } => {
+            Segment::Picked { region, pattern, first, stride, ids: Arc::clone(&ids), table_count }
+        }
+        other => other,
+    };
+    let tables = [vec![one], keys_and_values.to_vec(), per_layer.collect()];
+    let picked = tables.each_ref().map(|segments| segments.iter().map(pick).collect::<Vec<_>>());
+    for segments in tables.into_iter().chain(picked) {
         let pages = Pages::new(segments).unwrap();
         let start = std::time::Instant::now();
         assert_eq!(pages.first_overlap(), None);
@@ -317,4 +402,12 @@ fn regions_tell_and_keep_what_they_are() {
     assert!(matches!(read_only.write(0, &[1]), Err(MemError::ReadOnly)));
     let pages = |region: &Region| Pages::new(vec![one_table(region, Pattern::contiguous(3), 0, 3, 1)]).unwrap();
     assert!(pages(&region).is_writable() && !pages(&read_only).is_writable());
+}
+
+#[test]
+fn pages_remember_their_stream() {
+    let pages = Pages::contiguous(Region::from_vec(vec![0; 8]), 2).unwrap();
+    assert_eq!(pages.stream(), None);
+    let pages = pages.in_stream(RawStream(7));
+    assert_eq!((pages.stream(), pages.count(), pages.first_overlap()), (Some(RawStream(7)), 2, None));
 }

@@ -116,13 +116,7 @@ impl GpuCopy {
 
     fn check(&self, transfer: &Transfer) -> Result<(), MemError> {
         self.inner.device.check()?;
-        let own = Place::Device(self.inner.device.info().ordinal);
-        let found = transfer.pages().place();
-        if found != own && !transfer.steps().is_empty() {
-            let remedy = "pass memory of that device";
-            return Err(MemError::WrongPlace { found: found.to_string(), expected: own.to_string(), remedy });
-        }
-        Ok(())
+        if transfer.steps().is_empty() { Ok(()) } else { self.reaches(transfer.pages().place()) }
     }
 }
 
@@ -153,6 +147,15 @@ impl CopyEngine for GpuCopy {
 
     fn submit(&self, transfer: Transfer, done: Done) -> Result<(), MemError> {
         self.submit_ticket(transfer, done).map(drop)
+    }
+
+    fn reaches(&self, place: Place) -> Result<(), MemError> {
+        let own = Place::Device(self.inner.device.info().ordinal);
+        if place == own {
+            return Ok(());
+        }
+        let remedy = "pass memory of that device";
+        Err(MemError::WrongPlace { found: place.to_string(), expected: own.to_string(), remedy })
     }
 
     fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError> {

@@ -8,7 +8,7 @@ use super::streams::Role;
 use crate::copy::{Direction, Step, Transfer};
 use crate::device::{ITEM_BYTES, Item, Row};
 use crate::map::Pinned;
-use crate::span::{Pattern, Segment};
+use crate::span::{Ids, Pattern, Segment};
 use crate::sync::Arc;
 
 /// One operation. Table offsets are in words of 8 bytes.
@@ -88,6 +88,8 @@ struct RowKey {
 enum Distances {
     /// As in every table of this stride.
     Stride(isize),
+    /// As in every table of this stride from which these pieces are picked.
+    Picked(isize, usize),
     /// As this segment says, for the pieces of this pattern.
     Own(usize, usize),
 }
@@ -235,6 +237,7 @@ impl Program {
 /// Where the rows of a group come from.
 enum Rows<'a> {
     Stride(isize),
+    Picked(isize, &'a Arc<Ids>),
     /// Pieces of this segment that have this pattern.
     Own(&'a Segment, &'a Arc<Pattern>),
 }
@@ -243,6 +246,7 @@ impl Rows<'_> {
     fn key(&self) -> Distances {
         match self {
             Rows::Stride(stride) => Distances::Stride(*stride),
+            Rows::Picked(stride, ids) => Distances::Picked(*stride, Arc::as_ptr(ids) as usize),
             Rows::Own(segment, pattern) => {
                 Distances::Own(std::ptr::from_ref(*segment) as usize, Arc::as_ptr(pattern) as usize)
             }
@@ -253,6 +257,7 @@ impl Rows<'_> {
     fn distance(&self, index: usize) -> Option<u64> {
         match self {
             Rows::Stride(stride) => Some((stride * index as isize) as u64),
+            Rows::Picked(stride, ids) => Some((stride * ids.list()[index] as isize) as u64),
             Rows::Own(segment, pattern) => {
                 let (base, own) = segment.piece(index);
                 Arc::ptr_eq(own, pattern).then_some(base as u64)
@@ -271,16 +276,15 @@ fn groups<'a>(task: &Task<'a>, cut: &Cut) -> Vec<(Rows<'a>, Vec<Item>)> {
         }
         let inner = wanted.start - range.start..wanted.end - range.start;
         match segment {
-            Segment::Table { stride, .. } => {
-                let (base, pattern) = segment.piece(0);
-                let same = |rows: &Rows<'_>| matches!(rows, Rows::Stride(other) if other == stride);
-                let index = groups.iter().position(|(rows, _)| same(rows)).unwrap_or_else(|| {
-                    groups.push((Rows::Stride(*stride), Vec::new()));
-                    groups.len() - 1
-                });
-                push_items(&mut groups[index].1, base as u64, pattern, (inner, wanted.start));
+            Segment::Table { region, pattern, first, stride, .. } => {
+                let base = region.base().wrapping_offset(*first) as u64;
+                push_items(group(&mut groups, Rows::Stride(*stride)), base, pattern, (inner, wanted.start));
             }
-            _ => {
+            Segment::Picked { region, pattern, first, stride, ids, .. } => {
+                let base = region.base().wrapping_offset(*first) as u64;
+                push_items(group(&mut groups, Rows::Picked(*stride, ids)), base, pattern, (inner, wanted.start));
+            }
+            Segment::List(_) => {
                 for pattern in patterns(task.steps(&cut.steps), segment) {
                     let mut items = Vec::new();
                     push_items(&mut items, 0, pattern, (inner.clone(), wanted.start));
@@ -290,6 +294,15 @@ fn groups<'a>(task: &Task<'a>, cut: &Cut) -> Vec<(Rows<'a>, Vec<Item>)> {
         }
     }
     groups
+}
+
+/// The items of the group with these rows, which is new if there is none.
+fn group<'a, 'b>(groups: &'b mut Vec<(Rows<'a>, Vec<Item>)>, rows: Rows<'a>) -> &'b mut Vec<Item> {
+    let index = groups.iter().position(|(other, _)| other.key() == rows.key()).unwrap_or_else(|| {
+        groups.push((rows, Vec::new()));
+        groups.len() - 1
+    });
+    &mut groups[index].1
 }
 
 /// The patterns of the pieces that `steps` name.

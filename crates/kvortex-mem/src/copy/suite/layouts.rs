@@ -22,8 +22,17 @@ pub(super) struct Part {
     strides: Vec<isize>,
     /// Region and base of each page's piece.
     places: Vec<(usize, isize)>,
-    /// To be passed as a table; the places must fit.
-    table: bool,
+    form: Form,
+}
+
+/// How a segment is passed.
+#[derive(Debug, Clone)]
+enum Form {
+    /// As a table; the places must fit.
+    Table,
+    List,
+    /// As pieces of a table with this stride, by their numbers; the places must fit.
+    Picked(isize, Vec<u32>),
 }
 
 impl Layout {
@@ -53,19 +62,32 @@ impl Part {
     fn segment(&self, regions: &[Region]) -> Segment {
         let pattern = Pattern::strided(self.item, &self.shape, &self.strides).expect("a valid pattern");
         let pattern = Arc::new(pattern);
-        if self.table {
-            let (region, first) = self.places[0];
-            let stride = self.places.get(1).map_or(0, |&(_, second)| second - first);
-            return Segment::Table {
-                region: regions[region].clone(),
-                pattern,
-                first,
-                stride,
-                count: self.places.len(),
-            };
+        let (region, first) = self.places[0];
+        let region = regions[region].clone();
+        match &self.form {
+            Form::Table => {
+                let stride = self.places.get(1).map_or(0, |&(_, second)| second - first);
+                Segment::Table { region, pattern, first, stride, count: self.places.len() }
+            }
+            Form::List => self.list(regions, &pattern),
+            Form::Picked(stride, ids) => {
+                let first = first - stride * ids[0] as isize;
+                let table_count = ids.iter().max().map_or(0, |&id| id as usize + 1);
+                Segment::Picked {
+                    region,
+                    pattern,
+                    first,
+                    stride: *stride,
+                    ids: Arc::new(ids.clone().into()),
+                    table_count,
+                }
+            }
         }
+    }
+
+    fn list(&self, regions: &[Region], pattern: &Arc<Pattern>) -> Segment {
         let piece = |&(region, offset): &(usize, isize)| {
-            let (region, pattern) = (regions[region].clone(), Arc::clone(&pattern));
+            let (region, pattern) = (regions[region].clone(), Arc::clone(pattern));
             Piece { region, offset, pattern }
         };
         Segment::List(self.places.iter().map(piece).collect())
@@ -87,11 +109,25 @@ fn at(region: usize, first: isize, stride: isize, count: usize) -> Vec<(usize, i
 }
 
 fn part(item: usize, shape: &[usize], strides: &[isize], places: Vec<(usize, isize)>) -> Part {
-    Part { item, shape: shape.into(), strides: strides.into(), places, table: true }
+    Part { item, shape: shape.into(), strides: strides.into(), places, form: Form::Table }
 }
 
 fn list(part: Part) -> Part {
-    Part { table: false, ..part }
+    Part { form: Form::List, ..part }
+}
+
+/// The pieces `ids` of a table in region `region`.
+fn picked(item: usize, (shape, strides): (&[usize], &[isize]), (region, first, stride): Base, ids: &[u32]) -> Part {
+    let places = ids.iter().map(|&id| (region, first + stride * id as isize)).collect();
+    Part { form: Form::Picked(stride, ids.into()), ..part(item, shape, strides, places) }
+}
+
+/// Region, offset of piece 0 and stride of a table.
+type Base = (usize, isize, isize);
+
+/// `count` numbers below `table`, none twice and in no order; `table` is no multiple of 7919.
+fn shuffled(table: u32, count: usize) -> Vec<u32> {
+    (0..count as u32).map(|index| (index * 7919 + 3) % table).collect()
 }
 
 fn layout(name: &'static str, regions: &[usize], parts: Vec<Part>) -> Layout {
@@ -104,6 +140,7 @@ pub(super) fn all() -> Vec<Layout> {
         let (inner, page) = (2 * item as isize + 1, 60 * item as isize);
         layout("single items", &[60 * item * 7], vec![part(item, &[19], &[inner], at(0, 0, page, 7))])
     }));
+    all.extend(paged());
     all.extend(large());
     all
 }
@@ -134,6 +171,27 @@ fn large() -> Vec<Layout> {
         layout("pages of three fragments and more than a grain", &[20 * MIB, 4096], pieces),
         layout("many pages for many threads", &[11 * MIB], vec![many]),
         layout("layers outside pages", &[60 * 40 * 4096], vec![rows]),
+    ]
+}
+
+/// Paged memory of an engine, by block id.
+fn paged() -> Vec<Layout> {
+    let (block, bytes) = ((&[16usize, 40][..], &[80isize, 2][..]), 16 * 80);
+    let ids = shuffled(64, 37);
+    let apart = vec![picked(2, block, (0, 0, bytes), &ids), picked(2, block, (1, 2, bytes), &ids)];
+    let halves = (&[2usize, 16, 40][..], &[64 * bytes, 80, 2][..]);
+    let crossed = (&[2usize, 3, 16, 40][..], &[3 * 64 * bytes, 64 * bytes, 80, 2][..]);
+    let (packed, gaps) = ((&[2usize, 640][..], &[2 * 64 * bytes, 2][..]), (&[7usize][..], &[3isize][..]));
+    let layers = (0..2).map(|layer| picked(2, packed, (0, layer * 64 * bytes, bytes), &ids)).collect();
+    let total = 64 * bytes as usize;
+    vec![
+        layout("blocks by id, keys and values apart", &[total, total + 2], apart),
+        layout("blocks by id inside keys and values", &[2 * total], vec![picked(2, halves, (0, 0, bytes), &ids)]),
+        layout("blocks by id inside all layers", &[6 * total], vec![picked(2, crossed, (0, 0, bytes), &ids)]),
+        layout("blocks by id in layers side by side", &[4 * total], layers),
+        layout("one block by id", &[total], vec![picked(1, (&[1000], &[1]), (0, 7, bytes), &[41])]),
+        layout("blocks by id backwards, with gaps", &[4000], vec![picked(1, gaps, (0, 3900, -21), &shuffled(180, 99))]),
+        layout("20,000 blocks by id", &[800_000], vec![picked(4, (&[6], &[4]), (0, 0, 32), &shuffled(25_000, 20_000))]),
     ]
 }
 

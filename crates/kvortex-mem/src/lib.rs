@@ -53,6 +53,7 @@ pub mod device;
 pub mod error;
 pub mod map;
 pub mod numa;
+pub mod pin;
 pub mod pool;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod sim;

@@ -8,6 +8,7 @@ use std::thread;
 use crate::device::Device;
 use crate::error::MemError;
 use crate::numa;
+use crate::pin::Pin;
 use crate::sync::Arc;
 
 const HUGE_PAGE: usize = 2 << 20;
@@ -56,7 +57,8 @@ pub struct HostMemory {
     addr: NonNull<u8>,
     len: usize,
     node: Option<u32>,
-    pinned_for: Option<Arc<dyn Device>>,
+    /// Page-locked, plain, or plain because it was refused.
+    pin: Result<Option<Pin>, String>,
 }
 
 // SAFETY: the mapping is plain memory, owned by this object and reached by others only through raw pointers.
@@ -73,7 +75,7 @@ impl HostMemory {
         let len = mapped_len(options)?;
         let error = |source| MemError::Map { bytes: options.bytes, source };
         let addr = reserve(len).map_err(error)?;
-        let mut memory = HostMemory { addr, len, node: None, pinned_for: None };
+        let mut memory = HostMemory { addr, len, node: None, pin: Ok(None) };
         if options.huge_pages {
             memory.advise_huge_pages();
         }
@@ -112,18 +114,29 @@ impl HostMemory {
 
     /// Whether the memory is pinned for a GPU.
     pub fn pinned(&self) -> Pinned {
-        match &self.pinned_for {
-            Some(device) => Pinned::Yes { device: device.info().ordinal, piece_bytes: self.len },
-            None => Pinned::No { reason: "no CUDA device: plain memory".to_owned() },
+        match &self.pin {
+            Ok(Some(pin)) => Pinned::Yes { device: pin.device().info().ordinal, piece_bytes: Pin::piece_bytes() },
+            Ok(None) => Pinned::No { reason: "no CUDA device: plain memory".to_owned() },
+            Err(reason) => Pinned::No { reason: reason.clone() },
         }
     }
 
-    /// Page-locks the memory for `device`, with up to `threads` threads.
-    pub fn pin(&mut self, device: &Arc<dyn Device>, _threads: usize) -> Result<(), MemError> {
-        // SAFETY: the mapping lives until it is unregistered on drop.
-        unsafe { device.register(self.addr, self.len)? };
-        self.pinned_for = Some(Arc::clone(device));
-        Ok(())
+    /// Page-locks the memory for `device`, with up to `threads` threads. Whoever copies from or to it keeps this object alive.
+    ///
+    /// If the system refuses, the memory stays what it was, and [`pinned`](HostMemory::pinned) says why.
+    pub fn pin(&mut self, device: &Arc<dyn Device>, threads: usize) -> Result<(), MemError> {
+        self.pin = Ok(None);
+        // SAFETY: the mapping lives until this object is dropped, and drops the pin before it is unmapped.
+        match unsafe { Pin::new(device, self.addr, self.len, threads) } {
+            Ok(pin) => {
+                self.pin = Ok(Some(pin));
+                Ok(())
+            }
+            Err(error) => {
+                self.pin = Err(error.to_string());
+                Err(error)
+            }
+        }
     }
 
     fn advise_huge_pages(&self) {
@@ -151,12 +164,7 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        if let Some(device) = &self.pinned_for {
-            // SAFETY: registered by `pin`; users keep this object alive.
-            if let Err(error) = unsafe { device.unregister(self.addr) } {
-                log::debug!("page-locked memory could not be unlocked: {error}");
-            }
-        }
+        self.pin = Ok(None);
         // SAFETY: the range is this mapping and nothing uses it any more: users keep this object alive.
         unsafe { libc::munmap(self.addr.as_ptr().cast(), self.len) };
     }

@@ -135,9 +135,11 @@ fn describe(driver: &Driver, ordinal: u32, device: c_int) -> Result<DeviceInfo, 
     // SAFETY: as above.
     named(driver, "cuDeviceTotalMem", unsafe { (driver.device_memory)(&mut memory_bytes, device) })?;
     let version = u32::try_from(version).unwrap_or(0);
+    // SAFETY: `text` gives a buffer of the length it names.
     let bus_id = text(|text, len| unsafe { (driver.device_bus_id)(text, len, device) });
     Ok(DeviceInfo {
         ordinal,
+        // SAFETY: as above.
         name: text(|text, len| unsafe { (driver.device_name)(text, len, device) }),
         numa_node: numa_node(&bus_id),
         bus_id,

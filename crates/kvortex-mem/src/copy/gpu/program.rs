@@ -150,7 +150,10 @@ impl Program {
             let whole = Cut { steps: task.steps.clone(), bytes: range.clone() };
             match task.method {
                 Method::Dma => self.add_copies(task, &whole),
-                Method::Kernel => self.add_launches(task, &whole, None),
+                Method::Kernel => {
+                    let groups = self.write_groups(task, &whole);
+                    self.add_launches(task, &whole, &groups, None);
+                }
                 Method::Staged => self.add_staged(task, &whole, halves),
             }
             if parts {
@@ -178,19 +181,24 @@ impl Program {
 
     fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
         let (page, slot) = (task.page_role(), task.slot_role());
+        let mut groups = (0..0, Vec::new());
         for cut in cuts(whole, halves.bytes) {
+            if groups.0 != cut.bytes {
+                let all = Cut { steps: whole.steps.clone(), bytes: cut.bytes.clone() };
+                groups = (cut.bytes.clone(), self.write_groups(task, &all));
+            }
             let half = halves.next;
             halves.next ^= 1;
             let (first, last) = if task.to_slots() { (page, slot) } else { (slot, page) };
             self.ops.push(Op::Claim { on: first, half });
             if task.to_slots() {
-                self.add_launches(task, &cut, Some(halves.addrs[half]));
+                self.add_launches(task, &cut, &groups.1, Some(halves.addrs[half]));
                 self.ops.push(Op::Order { first, then: last });
                 self.add_slot_copies(task, &cut, halves.addrs[half]);
             } else {
                 self.add_slot_copies(task, &cut, halves.addrs[half]);
                 self.ops.push(Op::Order { first, then: last });
-                self.add_launches(task, &cut, Some(halves.addrs[half]));
+                self.add_launches(task, &cut, &groups.1, Some(halves.addrs[half]));
             }
             self.ops.push(Op::Release { on: last, half });
         }
@@ -211,26 +219,28 @@ impl Program {
     }
 
     /// Launches between the pages and the slots, or a staging buffer.
-    fn add_launches(&mut self, task: &Task<'_>, cut: &Cut, buffer: Option<usize>) {
+    fn add_launches(&mut self, task: &Task<'_>, cut: &Cut, groups: &[(Rows<'_>, Table)], buffer: Option<usize>) {
         // Where a page's byte 0 would lie in the buffer: its items count from there.
         let target = buffer.map(|addr| (addr.wrapping_sub(cut.bytes.start), cut.bytes.len()));
-        for (distances, items) in groups(task, cut) {
-            let key = RowKey {
-                distances: distances.key(),
-                steps: (cut.steps.start, cut.steps.end),
-                half: target,
-                transfer: std::ptr::from_ref(task.transfer) as usize,
-            };
+        let transfer = std::ptr::from_ref(task.transfer) as usize;
+        for (distances, items) in groups {
+            let steps = (cut.steps.start, cut.steps.end);
+            let key = RowKey { distances: distances.key(), steps, half: target, transfer };
             let rows = match self.rows.get(&key) {
                 Some(&rows) => rows,
-                None => *self.rows.entry(key).or_insert(write_rows(&mut self.words, task, &distances, cut, target)),
+                None => *self.rows.entry(key).or_insert(write_rows(&mut self.words, task, distances, cut, target)),
             };
             if rows.count > 0 {
-                let items = write_items(&mut self.words, &items);
-                let (on, to_slots) = (task.page_role(), task.to_slots());
+                let (on, to_slots, items) = (task.page_role(), task.to_slots(), *items);
                 self.ops.push(Op::Launch { on, rows, items, to_slots, local: buffer.is_some() });
             }
         }
+    }
+
+    /// The groups of `cut`, with their items in the tables.
+    fn write_groups<'a>(&mut self, task: &Task<'a>, cut: &Cut) -> Vec<(Rows<'a>, Table)> {
+        let groups = groups(task, cut).into_iter();
+        groups.map(|(rows, items)| (rows, write_items(&mut self.words, &items))).collect()
     }
 }
 

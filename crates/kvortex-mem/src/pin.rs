@@ -139,7 +139,7 @@ pub fn memlock_limit() -> Option<u64> {
     (known && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
-#[cfg(all(test, not(shuttle)))]
+#[cfg(test)]
 mod tests {
     use crate::map::{HostMemory, MapOptions, Pinned};
     use crate::sim::Sim;

@@ -15,7 +15,8 @@ const GRAIN_ITEMS: usize = 512;
 pub(super) fn execute(shared: &Arc<Shared>) {
     let mut state = shared.state.lock();
     loop {
-        match (state.paused && !state.closing).then_some(None).unwrap_or_else(|| state.pick()) {
+        let next = if state.paused && !state.closing { None } else { state.pick() };
+        match next {
             Some(stream) => {
                 let op = state.streams.get_mut(&stream).and_then(|stream| stream.queue.pop_front());
                 let Some(op) = op else { continue };

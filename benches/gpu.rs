@@ -67,7 +67,7 @@ impl Bench {
         };
         let mut memory = HostMemory::map(&options)?;
         let mapped = start.elapsed();
-        memory.pin(&device, threads)?;
+        memory.pin(&device)?;
         let gib = (2 * ROOM) as f64 / f64::from(1 << 30);
         println!("mapped {gib:.1} GiB in {mapped:?}, with page-locking {:?}", start.elapsed());
         let there = DeviceMemory::new(&device, 2 * ROOM)?;

@@ -44,8 +44,6 @@ pub enum Pinned {
     Yes {
         /// Number of the device.
         device: u32,
-        /// Registered in pieces of this size, counted from the first byte; no single copy may reach into two.
-        piece_bytes: usize,
     },
 }
 
@@ -115,19 +113,19 @@ impl HostMemory {
     /// Whether the memory is pinned for a GPU.
     pub fn pinned(&self) -> Pinned {
         match &self.pin {
-            Ok(Some(pin)) => Pinned::Yes { device: pin.device().info().ordinal, piece_bytes: Pin::piece_bytes() },
+            Ok(Some(pin)) => Pinned::Yes { device: pin.device().info().ordinal },
             Ok(None) => Pinned::No { reason: "no CUDA device: plain memory".to_owned() },
             Err(reason) => Pinned::No { reason: reason.clone() },
         }
     }
 
-    /// Page-locks the memory for `device`, with up to `threads` threads. Whoever copies from or to it keeps this object alive.
+    /// Page-locks the memory for `device`. Whoever copies from or to it keeps this object alive.
     ///
     /// If the system refuses, the memory stays what it was, and [`pinned`](HostMemory::pinned) says why.
-    pub fn pin(&mut self, device: &Arc<dyn Device>, threads: usize) -> Result<(), MemError> {
+    pub fn pin(&mut self, device: &Arc<dyn Device>) -> Result<(), MemError> {
         self.pin = Ok(None);
         // SAFETY: the mapping lives until this object is dropped, and drops the pin before it is unmapped.
-        match unsafe { Pin::new(device, self.addr, self.len, threads) } {
+        match unsafe { Pin::new(device, self.addr, self.len) } {
             Ok(pin) => {
                 self.pin = Ok(Some(pin));
                 Ok(())

@@ -28,7 +28,7 @@ fn methods() -> impl Iterator<Item = Option<Method>> {
 fn pinned(device: &Arc<dyn Device>, bytes: usize) -> HostMemory {
     let options = MapOptions { bytes, huge_pages: true, numa_node: None, touch_threads: 4 };
     let mut memory = HostMemory::map(&options).unwrap();
-    memory.pin(device, 4).unwrap();
+    memory.pin(device).unwrap();
     memory
 }
 

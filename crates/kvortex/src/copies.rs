@@ -40,7 +40,7 @@ pub(crate) fn serve(
 ) -> Result<Arc<dyn CopyEngine>> {
     let host = Arc::new(HostCopy::new(config.threads));
     let Some(device) = device else { return Ok(host) };
-    if let Err(error) = memory.pin(device, config.threads) {
+    if let Err(error) = memory.pin(device) {
         log::warn!("copies from and to {} will be slow: {error}", device.info().name);
     }
     with_device(config, host, device)

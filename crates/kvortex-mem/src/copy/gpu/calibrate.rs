@@ -42,7 +42,7 @@ impl Bench {
         let numa_node = device.info().numa_node;
         let options = MapOptions { bytes: BYTES, huge_pages: true, numa_node, touch_threads: 4 };
         let mut memory = HostMemory::map(&options)?;
-        memory.pin(device, 1)?;
+        memory.pin(device)?;
         let memory_there = DeviceMemory::new(device, BYTES)?;
         let place = Place::Device(device.info().ordinal);
         let addr = memory_there.addr();

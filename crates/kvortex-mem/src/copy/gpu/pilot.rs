@@ -202,7 +202,7 @@ impl Pilot {
 }
 
 fn is_pinned(transfer: &Transfer, ordinal: u32) -> bool {
-    matches!(transfer.arena().memory().pinned(), Pinned::Yes { device, .. } if device == ordinal)
+    matches!(transfer.arena().memory().pinned(), Pinned::Yes { device } if device == ordinal)
 }
 
 fn side(direction: Direction) -> usize {

@@ -7,7 +7,6 @@ use super::method::{Method, Shape};
 use super::streams::Role;
 use crate::copy::{Direction, Step, Transfer};
 use crate::device::{ITEM_BYTES, Item, Row};
-use crate::map::Pinned;
 use crate::span::{Ids, Pattern, Segment};
 use crate::sync::Arc;
 
@@ -164,7 +163,7 @@ impl Program {
 
     fn add_copies(&mut self, task: &Task<'_>, cut: &Cut) {
         let (on, pages) = (task.slot_role(), task.transfer.pages());
-        let mut copies = Copies::new(task);
+        let mut copies = Copies::default();
         for step in task.steps(&cut.steps) {
             let mut slot = task.slot_addr(step) + cut.bytes.start;
             pages.for_each_run_in(step.page as usize, cut.bytes.clone(), |page, len| {
@@ -173,7 +172,7 @@ impl Program {
             });
         }
         let to_slots = task.to_slots();
-        self.ops.extend(copies.end().into_iter().map(|(page, slot, bytes)| {
+        self.ops.extend(copies.0.into_iter().map(|(page, slot, bytes)| {
             let (to, from) = if to_slots { (slot, page) } else { (page, slot) };
             Op::Copy { on, to, from, bytes }
         }));
@@ -207,12 +206,12 @@ impl Program {
     /// Copies between a staging buffer, where pages follow each other, and the slots.
     fn add_slot_copies(&mut self, task: &Task<'_>, cut: &Cut, buffer: usize) {
         let (on, len) = (task.slot_role(), cut.bytes.len());
-        let mut copies = Copies::new(task);
+        let mut copies = Copies::default();
         for (index, step) in task.steps(&cut.steps).iter().enumerate() {
             copies.push(buffer + index * len, task.slot_addr(step) + cut.bytes.start, len);
         }
         let to_slots = task.to_slots();
-        self.ops.extend(copies.end().into_iter().map(|(staged, slot, bytes)| {
+        self.ops.extend(copies.0.into_iter().map(|(staged, slot, bytes)| {
             let (to, from) = if to_slots { (slot, staged) } else { (staged, slot) };
             Op::Copy { on, to, from, bytes }
         }));
@@ -393,47 +392,20 @@ fn cuts(whole: &Cut, buffer: usize) -> Vec<Cut> {
     whole.steps.clone().flat_map(pieces).collect()
 }
 
-/// Copies of the copy engine, joined where both sides continue, split where a registration ends.
-struct Copies {
-    found: Vec<(usize, usize, usize)>,
-    base: usize,
-    piece: usize,
-}
+/// Copies of the copy engine, joined where both sides continue.
+#[derive(Default)]
+struct Copies(Vec<(usize, usize, usize)>);
 
 impl Copies {
-    fn new(task: &Task<'_>) -> Copies {
-        let memory = task.transfer.arena().memory();
-        let piece = match memory.pinned() {
-            Pinned::Yes { piece_bytes, .. } => piece_bytes,
-            Pinned::No { .. } => usize::MAX,
-        };
-        Copies { found: Vec::new(), base: memory.addr().as_ptr() as usize, piece }
-    }
-
     fn push(&mut self, page: usize, slot: usize, len: usize) {
-        match self.found.last_mut() {
+        match self.0.last_mut() {
             Some((last_page, last_slot, last_len))
                 if *last_page + *last_len == page && *last_slot + *last_len == slot =>
             {
                 *last_len += len;
             }
-            _ => self.found.push((page, slot, len)),
+            _ => self.0.push((page, slot, len)),
         }
-    }
-
-    fn end(self) -> Vec<(usize, usize, usize)> {
-        if self.piece == usize::MAX {
-            return self.found;
-        }
-        let mut split = Vec::with_capacity(self.found.len());
-        for (mut page, mut slot, mut left) in self.found {
-            while left > 0 {
-                let len = left.min(self.piece - (slot - self.base) % self.piece);
-                split.push((page, slot, len));
-                (page, slot, left) = (page + len, slot + len, left - len);
-            }
-        }
-        split
     }
 }
 

@@ -29,7 +29,7 @@ impl TableMemory {
     fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<TableMemory, MemError> {
         let options = MapOptions { bytes, huge_pages: false, numa_node: None, touch_threads: 1 };
         let mut host = HostMemory::map(&options)?;
-        host.pin(device, 1)?;
+        host.pin(device)?;
         Ok(TableMemory { host, device: DeviceMemory::new(device, bytes)? })
     }
 

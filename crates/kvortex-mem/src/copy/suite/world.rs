@@ -107,7 +107,7 @@ mod there {
         pub fn new(device: &Arc<dyn Device>) -> DeviceWorld {
             let options = MapOptions { bytes: BOUNCE_BYTES, huge_pages: false, numa_node: None, touch_threads: 1 };
             let mut bounce = HostMemory::map(&options).expect("memory for the suite");
-            bounce.pin(device, 1).expect("pinned memory for the suite");
+            bounce.pin(device).expect("pinned memory for the suite");
             DeviceWorld {
                 device: Arc::clone(device),
                 stream: Stream::new(device, Priority::Low).expect("a stream for the suite"),
@@ -158,7 +158,7 @@ mod there {
         }
 
         fn pin(&self, memory: &mut HostMemory) {
-            memory.pin(&self.device, 1).expect("pinned memory for the suite");
+            memory.pin(&self.device).expect("pinned memory for the suite");
         }
     }
 }

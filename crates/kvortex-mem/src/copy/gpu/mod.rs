@@ -1,8 +1,8 @@
 //! Copies between the pages of a GPU and slots, ordered by streams and events; the host never waits for the device.
 //!
-//! A transfer becomes a [`Request`] in one of three lanes, at the submitting thread and under one lock: what it must come
+//! A transfer becomes a request in one of three lanes, at the submitting thread and under one lock: what it must come
 //! after is looked up on the scoreboard, and an event marks its owner's stream. While a lane has room in the air, requests
-//! become flights: a [`Program`](program::Program) of copies and launches that the [`Pilot`] gives to the device's streams. A
+//! become flights: a program of copies and launches that the pilot gives to the device's streams. A
 //! poller thread sees flights land, lets their memory go, publishes the lane's watermark and calls `done`.
 
 mod board;

@@ -102,8 +102,10 @@ impl Control {
         self.queues[lane as usize].waiting.push_back(id);
         if at_once {
             self.start_through(id);
+        } else if self.queues[lane as usize].flying.len() < lane.flights() && self.lost.is_none() {
+            // One flight at most: the poller sees to the rest, so that nobody waits for a device that has enough to do.
+            self.start_next(lane);
         }
-        self.fill(lane);
         match awaited.map_or(Ok(()), |stream| self.hold(stream, id)) {
             Ok(()) => Ok(id),
             Err(error) => {
@@ -173,15 +175,10 @@ impl Control {
         }
         let ids = self.next_flight(lane);
         self.gather_events(&ids);
-        let limit = if lane == Lane::Background { lane.flight_bytes() } else { usize::MAX };
         let loads: Vec<Load<'_>> = ids
             .iter()
             .map(|id| &self.requests[id])
-            .map(|request| Load {
-                transfer: &request.transfer,
-                steps: request.next_steps(limit),
-                after: &request.after,
-            })
+            .map(|request| Load { transfer: &request.transfer, steps: request.next_steps(), after: &request.after })
             .collect();
         let steps: Vec<usize> = loads.iter().map(|load| load.steps.end).collect();
         let started = self.pilot.start(&loads);

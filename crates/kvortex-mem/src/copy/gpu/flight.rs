@@ -56,11 +56,13 @@ impl Lane {
         }
     }
 
-    /// The most bytes of one flight; one request of the store and load lanes may be larger.
+    /// The most bytes of one flight. The device's queue would not hold much more, and submitting would wait for it.
     pub(super) fn flight_bytes(self) -> usize {
+        // Small in tests, where a device is simulated, so that requests take several.
+        let mib = if cfg!(test) { 8 << 10 } else { 1 << 20 };
         match self {
-            Lane::Background => 16 << 20,
-            Lane::Store | Lane::Load => 128 << 20,
+            Lane::Background => 16 * mib,
+            Lane::Store | Lane::Load => 128 * mib,
         }
     }
 }
@@ -92,10 +94,14 @@ impl Request {
         self.started == self.transfer.steps().len() || self.failure.is_some()
     }
 
-    /// The steps that go next, at most `bytes` of them, but at least one.
-    pub(super) fn next_steps(&self, bytes: usize) -> Range<usize> {
-        let count = (bytes / self.transfer.pages().page_bytes().max(1)).max(1);
-        self.started..self.transfer.steps().len().min(self.started + count)
+    /// The steps that go next: as many as fit a flight, but at least one. All of them if the load is awaited part by part.
+    pub(super) fn next_steps(&self) -> Range<usize> {
+        let all = self.transfer.steps().len();
+        if self.transfer.pages().order().parts.is_some() {
+            return self.started..all;
+        }
+        let count = (self.lane.flight_bytes() / self.transfer.pages().page_bytes().max(1)).max(1);
+        self.started..all.min(self.started + count)
     }
 }
 

@@ -226,3 +226,62 @@ fn shutdown_is_bounded_and_a_held_copy_keeps_its_memory() {
     }
     assert_eq!(ticket.wait(None).unwrap().blocks, 4);
 }
+
+/// A load of one block whose copy is held, and a save that rests on it and whose own copy is done.
+fn resting_save(engine: &Engine, copies: &Faulty) -> (kvortex::Ticket, kvortex::Ticket) {
+    let (first, second) = (keys([0]), keys([1]));
+    save(engine, &first);
+    copies.set(Fault::Hold);
+    let load = engine.load_async(Keys::from_slices(&first), pages(&poisoned(1), 1)).unwrap();
+    copies.set(Fault::None);
+    let pages = pages(&filled(&second), 1);
+    let save = engine.save_after(Keys::from_slices(&second), pages, std::slice::from_ref(&load)).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!save.is_done(), "a save is over before the load that it rests on");
+    assert_eq!(engine.check(Keys::from_slices(&second)).unwrap().count(), 0);
+    (load, save)
+}
+
+#[test]
+fn a_save_becomes_visible_with_the_load_that_it_rests_on() {
+    let (engine, copies) = faulty(8);
+    let (load, save) = resting_save(&engine, &copies);
+    copies.let_go();
+    load.wait(Some(Duration::from_secs(10))).unwrap();
+    assert_eq!(save.wait(Some(Duration::from_secs(10))).unwrap().blocks, 1);
+    assert_eq!(engine.check(Keys::from_slices(&keys([1]))).unwrap().count(), 1);
+}
+
+#[test]
+fn a_save_that_rests_on_a_failed_load_is_never_visible() {
+    let (engine, copies) = faulty(8);
+    let (load, save) = resting_save(&engine, &copies);
+    copies.held.lock().unwrap().drain(..).for_each(|(_, done)| done(Err(failure())));
+    load.wait(Some(Duration::from_secs(10))).unwrap_err();
+    let error = save.wait(Some(Duration::from_secs(10))).unwrap_err();
+    assert!(error.to_string().contains("rests on"), "{error}");
+    assert_eq!(engine.check(Keys::from_slices(&keys([1]))).unwrap().count(), 0);
+    assert_eq!(engine.stats().blocks, 1, "the discarded block is still counted");
+}
+
+#[test]
+fn a_refused_save_that_rests_on_a_load_is_settled_at_once() {
+    let (engine, copies) = faulty(8);
+    let first = keys([0]);
+    save(&engine, &first);
+    copies.set(Fault::Hold);
+    let load = engine.load_async(Keys::from_slices(&first), pages(&poisoned(1), 1)).unwrap();
+    for fault in [Fault::Refuse, Fault::Forget] {
+        copies.set(fault);
+        let second = keys([1]);
+        let rests = std::slice::from_ref(&load);
+        let refused = engine.save_after(Keys::from_slices(&second), pages(&filled(&second), 1), rests);
+        let ended = refused.and_then(|ticket| ticket.wait(Some(Duration::from_secs(10))));
+        assert!(ended.is_err(), "{fault:?}");
+        copies.set(Fault::None);
+        assert_eq!(save(&engine, &second).blocks, 1, "{fault:?} left its block reserved");
+        engine.reset().unwrap();
+    }
+    copies.let_go();
+    load.wait(Some(Duration::from_secs(10))).unwrap();
+}

@@ -4,7 +4,8 @@
 .ci/ptx.py          writes crates/kvortex-mem/src/cuda/kernel.ptx
 .ci/ptx.py --check  fails if that file is not what its source gives
 
-Needs nvidia-cuda-nvrtc-cu12==12.0.140 in the environment that runs it: the oldest driver we support reads what it writes.
+Needs nvidia-cuda-nvrtc-cu12==12.0.140 in the environment that runs it: the oldest driver that we support reads what it
+writes.
 """
 
 import ctypes

@@ -98,7 +98,7 @@ def _parse_switch(key: str, value: object) -> bool:
 def _parse_device(key: str, value: object) -> str:
     text = str(value).strip().lower()
     kind, _, number = text.partition(":")
-    if text in ("auto", "none") or (kind == "cuda" and (number.isascii() and number.isdigit() or text == "cuda")):
+    if text in ("auto", "none") or (kind == "cuda" and ((number.isascii() and number.isdigit()) or text == "cuda")):
         return text
     return _bad(key, value, 'give "auto", "none", "cuda" or "cuda:N" with the number of a GPU')
 

@@ -6,8 +6,6 @@
 
 mod device;
 mod ranges;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

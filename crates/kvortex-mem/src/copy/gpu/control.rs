@@ -226,8 +226,9 @@ impl Control {
             let request = self.requests.get_mut(id).expect("a request that has just started");
             request.started = end;
             request.failure = request.failure.take().or_else(|| shared.clone());
+            // Of every flight: a later one may have gone another way, on other streams.
+            request.ends.extend(started.ends.iter().cloned());
             if request.is_started() {
-                request.ends = started.ends.clone();
                 last_of.push(*id);
             }
         }

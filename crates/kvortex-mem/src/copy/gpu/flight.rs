@@ -81,7 +81,7 @@ pub(super) struct Request {
     pub(super) after: Vec<Arc<Event>>,
     /// Steps that were given to the device.
     pub(super) started: usize,
-    /// What the last flight of this request ends with, once all steps were given to the device.
+    /// What the flights of this request end with; complete once all steps were given to the device.
     pub(super) ends: Vec<Arc<Event>>,
     pub(super) failure: Option<Failure>,
 }

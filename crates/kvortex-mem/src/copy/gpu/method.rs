@@ -63,8 +63,6 @@ pub(super) struct Shape {
     pub(super) fragments: usize,
     /// Copies that it would make between staging and slots.
     pub(super) slots: usize,
-    /// Bytes of one staging buffer.
-    pub(super) half: usize,
 }
 
 impl Rates {
@@ -78,17 +76,13 @@ impl Rates {
         }
     }
 
-    /// The copy engine prepares a copy while the one before is on its way, as far as that takes long enough.
     fn engine_time(&self, bytes: f64, copies: usize) -> f64 {
-        bytes / self.link + self.copy_us * copies as f64 * HIDDEN
+        bytes / self.link + self.copy_us * copies as f64
     }
 }
 
 /// What a launch takes beyond its bytes.
 const KERNEL_US: f64 = 6.0;
-
-/// The share of a copy's own cost that is not hidden behind its neighbour's bytes.
-const HIDDEN: f64 = 1.0;
 
 /// The method with the least expected time; without mapped memory only the copy engine reaches the slots.
 pub(super) fn choose(rates: &Rates, shape: &Shape, maps_host: bool) -> Method {

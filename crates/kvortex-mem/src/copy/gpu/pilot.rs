@@ -60,7 +60,8 @@ impl Pilot {
         let tasks: Vec<Task<'_>> = loads.iter().map(|load| self.task(load)).collect();
         let mut tables = None;
         let failure = self.give(loads, &tasks, &mut tables).err();
-        let mut roles: Vec<Role> = tasks.iter().flat_map(|task| [task.end_role(), task.page_role()]).collect();
+        // Both sides: after a failure in between, neither stream need have waited for the other.
+        let mut roles: Vec<Role> = tasks.iter().flat_map(|task| [task.slot_role(), task.page_role()]).collect();
         roles.sort_unstable_by_key(|role| *role as usize);
         roles.dedup();
         match self.mark(&roles) {

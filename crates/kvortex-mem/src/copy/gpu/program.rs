@@ -135,11 +135,6 @@ impl Task<'_> {
     pub(super) fn slot_role(&self) -> Role {
         if self.to_slots() { Role::Store } else { Role::Load }
     }
-
-    /// The stream that comes last.
-    pub(super) fn end_role(&self) -> Role {
-        if self.to_slots() { Role::Store } else { self.page_role() }
-    }
 }
 
 impl Program {
@@ -419,5 +414,5 @@ pub(super) fn shape(task: &Task<'_>, half: usize) -> Shape {
         pages.for_each_run(step.page as usize, |_, _| fragments += 1);
     }
     let bytes = steps.len() * pages.page_bytes();
-    Shape { bytes, fragments: fragments * steps.len(), slots: breaks + 1 + bytes / half.max(1), half }
+    Shape { bytes, fragments: fragments * steps.len(), slots: breaks + 1 + bytes / half.max(1) }
 }

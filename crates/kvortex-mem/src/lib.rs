@@ -6,6 +6,7 @@
 //! * [`map::HostMemory`] is one touched, huge-page-advised mapping.
 //! * [`arena::Arena`] cuts it into equal slots; [`slots::SlotClaim`] is the exclusive right to one of them.
 //! * [`pool::PinnedHostPool`] cuts it into pieces of any size instead.
+//! * [`device_pool::GpuAsyncPool`] gives out memory of a GPU in the order of its streams.
 //! * [`span::Pages`] describes the scattered memory of an engine without listing its fragments.
 //! * [`copy::CopyEngine`] moves bytes between the two.
 //!
@@ -50,6 +51,9 @@ pub mod copy;
 #[cfg(not(shuttle))]
 pub mod cuda;
 pub mod device;
+pub mod device_pool;
+#[cfg(all(any(test, feature = "suite"), not(shuttle)))]
+pub mod device_suite;
 pub mod error;
 pub mod map;
 pub mod numa;

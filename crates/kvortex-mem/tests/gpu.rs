@@ -13,6 +13,7 @@ use kvortex_mem::copy::suite::{DeviceWorld, conforms_in};
 use kvortex_mem::copy::{CopyEngine, Direction, Step, Transfer};
 use kvortex_mem::cuda::Cuda;
 use kvortex_mem::device::{Device, DeviceMemory, Event, Item, Launch, Priority, Row, Stream};
+use kvortex_mem::device_suite::device_conforms;
 use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::slots::SlotId;
 use kvortex_mem::span::{Pages, Parts, Pattern, Place, Region, Segment};
@@ -291,38 +292,8 @@ fn parts_can_be_awaited_one_by_one() {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn memory_that_is_not_there_is_refused() {
-    let device = device();
-    let refused = DeviceMemory::new(&device, 1 << 45);
-    assert!(
-        matches!(refused, Err(MemError::OutOfDeviceMemory { requested, .. }) if requested == 1 << 45),
-        "{refused:?}"
-    );
-    let memory = pinned(&device, 1 << 20);
-    // SAFETY: the mapping lives to the end of this function.
-    let again = unsafe { device.register(memory.addr(), memory.len()) };
-    assert!(matches!(&again, Err(MemError::Device { code: 712, .. })), "{again:?}");
-    device.check().unwrap();
-}
-
-#[test]
-#[ignore = "needs a GPU"]
-fn pools_give_and_take() {
-    let device = device();
-    let stream = Stream::new(&device, Priority::Low).unwrap();
-    let pool = device.create_pool(64 << 20).unwrap();
-    let first = device.pool_allocate(pool, 32 << 20, stream.raw()).unwrap();
-    assert_eq!(device.pool_numbers(pool).unwrap().used_bytes, 32 << 20);
-    // SAFETY: just taken, freed once.
-    unsafe { device.pool_free(first, stream.raw()) }.unwrap();
-    let end = Event::new(&device).unwrap();
-    end.record(stream.raw()).unwrap();
-    end.synchronize().unwrap();
-    let numbers = device.pool_numbers(pool).unwrap();
-    assert_eq!((numbers.used_bytes, numbers.reserved_bytes), (0, 32 << 20));
-    device.pool_trim(pool, 0).unwrap();
-    assert_eq!(device.pool_numbers(pool).unwrap().reserved_bytes, 0);
-    device.destroy_pool(pool);
+fn it_keeps_the_contract_of_a_device() {
+    device_conforms(&device());
 }
 
 #[test]

@@ -55,6 +55,8 @@ struct State {
     failures: HashMap<&'static str, u32>,
     maps_host: bool,
     paused: bool,
+    /// Copies of this many bytes, and what their streams do next, are not executed.
+    longest: usize,
     closing: bool,
     /// True while the worker executes something with the lock let go.
     busy: bool,
@@ -129,6 +131,7 @@ impl Sim {
             failures: HashMap::new(),
             maps_host: options.maps_host,
             paused: false,
+            longest: usize::MAX,
             closing: false,
             busy: false,
             counts: Counts::default(),
@@ -184,6 +187,12 @@ impl Sim {
         self.shared.work.notify_all();
     }
 
+    /// Holds streams up that come to a copy of at least `bytes` bytes; `usize::MAX` lets all go on.
+    pub fn hold_copies(&self, bytes: usize) {
+        self.shared.state.lock().longest = bytes;
+        self.shared.work.notify_all();
+    }
+
     /// Gives `stream` work of any kind: what its owner computes.
     pub fn compute(&self, stream: RawStream, work: impl FnOnce() + Send + 'static) {
         let mut state = self.shared.state.lock();
@@ -236,5 +245,22 @@ impl State {
     fn is_reachable(&self, addr: usize, bytes: usize, by_kernel: bool) -> bool {
         let kind = self.ranges.holding(addr, bytes);
         kind.is_some_and(|kind| !by_kernel || kind != Kind::Registered || self.maps_host)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::device_suite::device_conforms;
+
+    #[test]
+    fn it_keeps_the_contract_of_a_device() {
+        for seed in 0..4 {
+            let sim = Sim::new(seed);
+            let device: Arc<dyn Device> = sim.clone();
+            device_conforms(&device);
+            assert_eq!(sim.violations(), Vec::<String>::new());
+        }
     }
 }

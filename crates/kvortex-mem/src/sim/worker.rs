@@ -60,6 +60,7 @@ impl State {
     fn is_ready(&self, op: &Op) -> bool {
         match op {
             Op::Wait { event, number } => self.events.get(event).is_none_or(|event| event.passed >= *number),
+            Op::Copy { bytes, .. } => *bytes < self.longest || self.closing,
             _ => true,
         }
     }

@@ -102,7 +102,7 @@ impl Control {
         self.queues[lane as usize].waiting.push_back(id);
         if at_once {
             self.start_through(id);
-        } else if self.queues[lane as usize].flying.len() < lane.flights() && self.lost.is_none() {
+        } else if self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options) && self.lost.is_none() {
             // One flight at most: the poller sees to the rest, so that nobody waits for a device that has enough to do.
             self.start_next(lane);
         }
@@ -146,7 +146,7 @@ impl Control {
     /// Starts waiting requests of `lane` while there is room in the air.
     fn fill(&mut self, lane: Lane) {
         while !self.queues[lane as usize].waiting.is_empty()
-            && self.queues[lane as usize].flying.len() < lane.flights()
+            && self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options)
             && self.lost.is_none()
         {
             self.start_next(lane);
@@ -178,7 +178,11 @@ impl Control {
         let loads: Vec<Load<'_>> = ids
             .iter()
             .map(|id| &self.requests[id])
-            .map(|request| Load { transfer: &request.transfer, steps: request.next_steps(), after: &request.after })
+            .map(|request| Load {
+                transfer: &request.transfer,
+                steps: request.next_steps(&self.pilot.options),
+                after: &request.after,
+            })
             .collect();
         let steps: Vec<usize> = loads.iter().map(|load| load.steps.end).collect();
         let started = self.pilot.start(&loads);
@@ -198,7 +202,7 @@ impl Control {
             let request = &self.requests[id];
             bytes = bytes.saturating_add(request.transfer.bytes());
             let waits = |earlier: &u64| self.requests.get(earlier).is_some_and(|request| !request.is_started());
-            if bytes > lane.flight_bytes() || request.earlier.iter().any(waits) {
+            if bytes > lane.flight_bytes(&self.pilot.options) || request.earlier.iter().any(waits) {
                 break;
             }
             ids.push(*id);

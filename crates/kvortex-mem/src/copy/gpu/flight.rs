@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::GpuOptions;
 use super::pilot::Started;
 use super::stock::TableMemory;
 use crate::copy::{Direction, Done, Transfer};
@@ -49,23 +50,25 @@ impl Lane {
     }
 
     /// Flights in the air at once; further requests wait, and are carried together.
-    pub(super) fn flights(self) -> usize {
+    pub(super) fn flights(self, options: &GpuOptions) -> usize {
         match self {
             Lane::Load => 8,
-            Lane::Store | Lane::Background => 2,
+            Lane::Store => (AIRBORNE_BYTES / options.flight_bytes.max(1)).clamp(2, 8),
+            Lane::Background => 2,
         }
     }
 
     /// The most bytes of one flight. The device's queue would not hold much more, and submitting would wait for it.
-    pub(super) fn flight_bytes(self) -> usize {
-        // Small in tests, where a device is simulated, so that requests take several.
-        let mib = if cfg!(test) { 8 << 10 } else { 1 << 20 };
+    pub(super) fn flight_bytes(self, options: &GpuOptions) -> usize {
         match self {
-            Lane::Background => 16 * mib,
-            Lane::Store | Lane::Load => 128 * mib,
+            Lane::Background => options.background_bytes,
+            Lane::Store | Lane::Load => options.flight_bytes,
         }
     }
 }
+
+/// What the device is given of stores before some of it has ended.
+const AIRBORNE_BYTES: usize = 256 << 20;
 
 /// The most requests of one flight.
 pub(super) const FLIGHT_REQUESTS: usize = 32;
@@ -95,12 +98,12 @@ impl Request {
     }
 
     /// The steps that go next: as many as fit a flight, but at least one. All of them if the load is awaited part by part.
-    pub(super) fn next_steps(&self) -> Range<usize> {
+    pub(super) fn next_steps(&self, options: &GpuOptions) -> Range<usize> {
         let all = self.transfer.steps().len();
         if self.transfer.pages().order().parts.is_some() {
             return self.started..all;
         }
-        let count = (self.lane.flight_bytes() / self.transfer.pages().page_bytes().max(1)).max(1);
+        let count = (self.lane.flight_bytes(options) / self.transfer.pages().page_bytes().max(1)).max(1);
         self.started..all.min(self.started + count)
     }
 }

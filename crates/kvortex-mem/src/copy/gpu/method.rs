@@ -84,8 +84,8 @@ impl Rates {
 /// What a launch takes beyond its bytes.
 const KERNEL_US: f64 = 6.0;
 
-/// The method with the least expected time; without mapped memory only the copy engine reaches the slots.
-pub(super) fn choose(rates: &Rates, shape: &Shape, maps_host: bool) -> Method {
-    let allowed = Method::ALL.into_iter().filter(|&method| maps_host || method != Method::Kernel);
-    allowed.min_by(|&a, &b| rates.cost(a, shape).total_cmp(&rates.cost(b, shape))).unwrap_or(Method::Dma)
+/// The method of `allowed` with the least expected time.
+pub(super) fn choose(rates: &Rates, shape: &Shape, allowed: &[Method]) -> Method {
+    let cost = |&method: &Method| rates.cost(method, shape);
+    allowed.iter().copied().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(Method::Dma)
 }

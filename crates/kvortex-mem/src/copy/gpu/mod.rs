@@ -46,11 +46,22 @@ pub struct GpuOptions {
     pub staging_bytes: usize,
     /// Thread blocks of a kernel that reads or writes pinned memory.
     pub blocks: u32,
+    /// The most bytes that the device is given of stores, or of loads, in one go; the poller gives it the next.
+    pub flight_bytes: usize,
+    /// The same for loads in the background, which others overtake between two goes.
+    pub background_bytes: usize,
 }
 
 impl Default for GpuOptions {
     fn default() -> GpuOptions {
-        GpuOptions { streams: 4, method: None, staging_bytes: 32 << 20, blocks: 16 }
+        GpuOptions {
+            streams: 4,
+            method: None,
+            staging_bytes: 32 << 20,
+            blocks: 16,
+            flight_bytes: 128 << 20,
+            background_bytes: 16 << 20,
+        }
     }
 }
 

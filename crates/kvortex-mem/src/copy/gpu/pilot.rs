@@ -1,6 +1,7 @@
 //! Gives the operations of a flight to the device.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use super::GpuOptions;
 use super::flight::Load;
@@ -9,9 +10,11 @@ use super::program::{self, Halves, Op, Program, Task};
 use super::stock::{Stock, TableMemory};
 use super::streams::{Role, Streams};
 use crate::copy::{Direction, Transfer};
-use crate::device::{Device, DeviceMemory, Event, Launch, Row};
+use crate::device::{Device, Event, Launch, Row};
+use crate::device_pool::{DevicePoolOptions, GpuAsyncPool};
 use crate::error::MemError;
 use crate::map::Pinned;
+use crate::pool::Allocation;
 use crate::sync::Arc;
 
 /// The device's side of an engine: streams, staging and tables. Used under the engine's lock.
@@ -19,16 +22,26 @@ pub(super) struct Pilot {
     pub(super) device: Arc<dyn Device>,
     streams: Streams,
     stock: Stock,
+    /// What staging is taken from.
+    pool: GpuAsyncPool,
     /// For stores and for loads, once one was staged.
     staging: [Option<Staging>; 2],
-    options: GpuOptions,
+    /// When the device last had no memory for staging.
+    refused: Option<Instant>,
+    pub(super) options: GpuOptions,
     profile: Profile,
 }
 
+/// Two buffers of device memory for one direction.
 struct Staging {
-    _memory: DeviceMemory,
+    memory: Allocation,
+    /// The stream that it was taken and is given back in: the one that fills the buffers.
+    fills: Role,
     halves: Halves,
 }
+
+/// When memory for staging is asked for again after it was refused.
+const STAGING_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is in the air after a flight was given to the device, wholly or not.
 pub(super) struct Started {
@@ -46,7 +59,8 @@ impl Pilot {
     pub(super) fn new(device: Arc<dyn Device>, options: GpuOptions, profile: Profile) -> Result<Pilot, MemError> {
         let streams = Streams::new(&device, options.streams)?;
         let stock = Stock::new(&device)?;
-        Ok(Pilot { device, streams, stock, staging: [None, None], options, profile })
+        let pool = GpuAsyncPool::new(&device, DevicePoolOptions { capacity_bytes: None, keep_bytes: 0 })?;
+        Ok(Pilot { device, streams, stock, pool, staging: [None, None], refused: None, options, profile })
     }
 
     pub(super) fn land(&mut self, tables: Option<TableMemory>) {
@@ -84,20 +98,24 @@ impl Pilot {
         Ok(Arc::new(event))
     }
 
-    fn task<'a>(&self, load: &Load<'a>) -> Task<'a> {
+    fn task<'a>(&mut self, load: &Load<'a>) -> Task<'a> {
         let mut task = Task { transfer: load.transfer, steps: load.steps.clone(), method: Method::Dma };
         let rates = match load.transfer.direction() {
-            Direction::Store => &self.profile.store,
-            Direction::Load => &self.profile.load,
+            Direction::Store => self.profile.store,
+            Direction::Load => self.profile.load,
         };
         if !is_pinned(load.transfer, self.device.info().ordinal) {
             // The driver copies what it cannot reach by itself: slow, but right.
             return task;
         }
-        task.method = self.options.method.unwrap_or_else(|| {
-            let shape = program::shape(&task, self.options.staging_bytes);
-            method::choose(rates, &shape, self.device.info().maps_host)
-        });
+        let shape = program::shape(&task, self.options.staging_bytes);
+        let mut allowed = Method::ALL.to_vec();
+        allowed.retain(|&method| method != Method::Kernel || self.device.info().maps_host);
+        task.method = self.options.method.unwrap_or_else(|| method::choose(&rates, &shape, &allowed));
+        if task.method == Method::Staged && !self.has_staging(load.transfer.direction()) {
+            allowed.retain(|&method| method != Method::Staged);
+            task.method = method::choose(&rates, &shape, &allowed);
+        }
         task
     }
 
@@ -133,9 +151,10 @@ impl Pilot {
         let whole: Vec<Range<usize>> = std::iter::once(0..page_bytes).collect();
         let ranges = load.parts().map_or(Ok(whole), |parts| parts.ranges(page_bytes))?;
         let mut halves = match task.method {
-            Method::Staged => self.staging(task.transfer.direction())?.halves,
-            _ => Halves { addrs: [0; 2], bytes: 0, next: 0 },
-        };
+            Method::Staged => self.staging[side(task.transfer.direction())].as_ref().map(|staging| staging.halves),
+            _ => None,
+        }
+        .unwrap_or(Halves { addrs: [0; 2], bytes: 0, next: 0 });
         program.add(task, &ranges, load.parts().is_some(), &mut halves);
         if let Some(staging) = &mut self.staging[side(task.transfer.direction())] {
             staging.halves.next = halves.next;
@@ -143,16 +162,27 @@ impl Pilot {
         Ok(())
     }
 
-    fn staging(&mut self, direction: Direction) -> Result<&Staging, MemError> {
-        let (device, bytes) = (Arc::clone(&self.device), self.options.staging_bytes);
-        let place = &mut self.staging[side(direction)];
-        if place.is_none() {
-            let memory = DeviceMemory::new(&device, 2 * bytes)?;
-            let first = memory.addr().as_ptr() as usize;
-            let halves = Halves { addrs: [first, first + bytes], bytes, next: 0 };
-            *place = Some(Staging { _memory: memory, halves });
+    /// Whether there are staging buffers, taken now if there were none. Without memory for them, transfers go another way.
+    fn has_staging(&mut self, direction: Direction) -> bool {
+        if self.staging[side(direction)].is_none() && self.refused.is_none_or(|when| when.elapsed() > STAGING_AGAIN) {
+            match self.take_staging(direction) {
+                Ok(staging) => self.staging[side(direction)] = Some(staging),
+                Err(error) => {
+                    if self.refused.replace(Instant::now()).is_none() {
+                        log::warn!("copies go without staging, which may be slower (said once): {error}");
+                    }
+                }
+            }
         }
-        Ok(place.as_ref().expect("just made"))
+        self.staging[side(direction)].is_some()
+    }
+
+    fn take_staging(&self, direction: Direction) -> Result<Staging, MemError> {
+        let (bytes, fills) =
+            (self.options.staging_bytes, if direction == Direction::Store { Role::Gather } else { Role::Load });
+        let memory = self.pool.allocate(2 * bytes, self.streams.raw(fills))?;
+        let halves = Halves { addrs: [memory.addr, memory.addr + bytes], bytes, next: 0 };
+        Ok(Staging { memory, fills, halves })
     }
 
     /// Brings the tables to the device, before whatever launches kernels; returns where they are.
@@ -198,6 +228,17 @@ impl Pilot {
             Op::Claim { on, half } => self.streams.drained(on, half).hold(self.streams.raw(on)),
             Op::Release { on, half } => self.streams.drained(on, half).record(self.streams.raw(on)),
             Op::Part { on } => self.mark_one(on).map(|event| load.parts().map_or((), |parts| parts.push(event))),
+        }
+    }
+}
+
+impl Drop for Pilot {
+    /// Nothing is in the air any more.
+    fn drop(&mut self) {
+        for staging in self.staging.iter_mut().filter_map(Option::take) {
+            if let Err(error) = self.pool.free(staging.memory.addr, self.streams.raw(staging.fills)) {
+                log::debug!("staging memory was not given back: {error}");
+            }
         }
     }
 }

@@ -11,9 +11,9 @@ use crate::copy::suite::{DeviceWorld, World, conforms_in};
 use crate::copy::{Direction, Step};
 use crate::device::{Priority, Stream};
 use crate::map::{HostMemory, MapOptions};
-use crate::sim::Sim;
+use crate::sim::{Sim, SimOptions};
 use crate::slots::SlotId;
-use crate::span::{Parts, Pattern, Region, Segment};
+use crate::span::{Parts, Pattern, Piece, Region, Segment};
 
 const PAGE: usize = 24 << 10;
 const PAGES: usize = 16;
@@ -28,8 +28,10 @@ struct Bench {
     stream: Stream,
 }
 
+/// Everything is small, so that transfers take several flights and buffers.
 fn options(method: Option<Method>) -> GpuOptions {
-    GpuOptions { method, staging_bytes: 64 << 10, ..GpuOptions::default() }
+    let (staging_bytes, flight_bytes, background_bytes) = (64 << 10, 256 << 10, 128 << 10);
+    GpuOptions { method, staging_bytes, flight_bytes, background_bytes, ..GpuOptions::default() }
 }
 
 impl Bench {
@@ -327,4 +329,132 @@ fn the_link_is_measured() {
     for rates in [profile.store, profile.load] {
         assert!(rates.link > 0.0 && rates.kernel > 0.0 && rates.copy_us > 0.0 && rates.staged_us > 0.0, "{rates:?}");
     }
+}
+
+/// Costs at which many fragments are staged and few are copied one by one, never by the kernel alone.
+fn engine_or_staging() -> Profile {
+    let rates = |rates: Rates| Rates { kernel: 1.0, ..rates };
+    Profile { store: rates(Profile::ASSUMED.store), load: rates(Profile::ASSUMED.load) }
+}
+
+#[test]
+fn a_transfer_ends_with_all_of_its_flights_whichever_way_each_went() {
+    let mut ways = (0, 0);
+    for seed in 0..40 {
+        let sim = Sim::new(seed);
+        let device: Arc<dyn Device> = sim.clone();
+        let (world, stream) = (DeviceWorld::new(&device), Stream::new(&device, Priority::Low).unwrap());
+        let engine = GpuCopy::new(Arc::clone(&device), options(None), engine_or_staging()).unwrap();
+        let (region, arena) = (world.region(&vec![0; PAGES * PAGE], true), arena(&world, PAGES));
+        (0..PAGES).for_each(|slot| {
+            // SAFETY: a slot of the arena; no transfer is running.
+            unsafe { arena.addr(SlotId(slot as u32)).unwrap().as_ptr().write_bytes(seed as u8 + 1, PAGE) };
+        });
+        // The first flight is of 10 pages of fragments, which lie in another order than their bytes; the rest is one run.
+        let whole = Arc::new(Pattern::contiguous(PAGE));
+        let scattered = Arc::new(Pattern::strided(1, &[PAGE / 32, 32], &[-32, 1]).unwrap());
+        let piece = |page: usize| {
+            let (offset, pattern) =
+                if page < 10 { ((page + 1) * PAGE - 32, &scattered) } else { (page * PAGE, &whole) };
+            Piece { region: region.clone(), offset: offset as isize, pattern: Arc::clone(pattern) }
+        };
+        let pages = Pages::new(vec![Segment::List((0..PAGES).map(piece).collect())]).unwrap();
+        let steps = (0..PAGES).map(|page| Step { slot: SlotId(page as u32), page: page as u32 });
+        let load = Transfer::new(Direction::Load, arena, steps.collect(), pages.in_stream(stream.raw())).unwrap();
+        engine.submit(load, ignored()).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let (addr, len) = (region.addr(), region.len());
+        sim.compute(stream.raw(), move || {
+            // SAFETY: memory of the simulation, which this test keeps.
+            sender.send(unsafe { std::slice::from_raw_parts(addr as *const u8, len) }.to_vec()).unwrap();
+        });
+        let seen = receiver.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(seen.iter().all(|&byte| byte == seed as u8 + 1), "seed {seed}: the stream saw other bytes");
+        assert!(engine.stop(Duration::from_secs(60)));
+        ways = (ways.0 + sim.counts().launches, ways.1 + sim.counts().copies);
+        assert_eq!(sim.violations(), Vec::<String>::new());
+    }
+    assert!(ways.0 > 0 && ways.1 > ways.0, "only one way was taken: {ways:?}");
+}
+
+#[test]
+fn a_load_that_failed_halfway_ends_after_what_it_had_started() {
+    let bench = Bench::new(1, options(Some(Method::Staged)));
+    // Between what fills the staging buffer, and is held up, and what empties it.
+    bench.sim.fail_next("record", 1);
+    bench.sim.hold_copies(PAGE);
+    let (sender, receiver) = mpsc::channel();
+    let load = bench.transfer(Direction::Load, bench.pages());
+    bench.engine.submit(load, Box::new(move |result| sender.send(result).unwrap())).unwrap();
+    let early = receiver.recv_timeout(Duration::from_millis(100));
+    bench.sim.hold_copies(usize::MAX);
+    assert!(early.is_err(), "the end was told while a copy still read the slots: {early:?}");
+    assert!(matches!(receiver.recv_timeout(Duration::from_secs(60)).unwrap(), Err(MemError::CopyFailed(_))));
+    bench.check();
+}
+
+#[test]
+fn without_memory_for_staging_transfers_go_another_way() {
+    for maps_host in [true, false] {
+        let sim = Sim::with(&SimOptions { seed: 1, maps_host, memory_bytes: 64 << 20 });
+        let device: Arc<dyn Device> = sim.clone();
+        let options = GpuOptions { method: Some(Method::Staged), staging_bytes: 1 << 30, ..GpuOptions::default() };
+        let world = DeviceWorld::new(&device);
+        conforms_in(&world, || Arc::new(GpuCopy::new(Arc::clone(&device), options.clone(), Profile::ASSUMED).unwrap()));
+        assert_eq!(sim.violations(), Vec::<String>::new());
+        assert_eq!(sim.counts().launches > 0, maps_host, "{:?}", sim.counts());
+    }
+}
+
+#[test]
+fn two_engines_share_a_device() {
+    for seed in 0..6 {
+        let bench = Bench::new(seed, options(None));
+        let other = GpuCopy::new(Arc::clone(bench.engine.device()), options(None), Profile::ASSUMED).unwrap();
+        let raw = bench.stream.raw();
+        bench.compute(5);
+        bench.engine.submit(bench.transfer(Direction::Store, bench.pages().in_stream(raw)), ignored()).unwrap();
+        bench.engine.fence(raw, &bench.pages()).unwrap();
+        bench.compute(6);
+        let second = arena(&bench.world, PAGES);
+        let steps = (0..PAGES).map(|page| Step { slot: SlotId(page as u32), page: page as u32 }).collect();
+        let store = Transfer::new(Direction::Store, Arc::clone(&second), steps, bench.pages().in_stream(raw));
+        other.run(store.unwrap()).unwrap();
+        assert!((0..PAGES).all(|slot| slot_bytes(&second, slot).iter().all(|&byte| byte == 6)));
+        assert!(other.stop(Duration::from_secs(60)) && bench.engine.stop(Duration::from_secs(60)));
+        assert!(bench.slots_hold(5), "seed {seed}");
+        bench.check();
+    }
+}
+
+#[test]
+fn a_load_waits_for_the_store_that_still_reads_its_pages() {
+    let mut wrong = [0; 2];
+    for seed in 0..40 {
+        // A second engine knows nothing of the first one's stores: that is the barrier taken away.
+        for (ordered, wrong) in [true, false].into_iter().zip(&mut wrong) {
+            let bench = Bench::new(seed, options(Some(Method::Dma)));
+            let other = GpuCopy::new(Arc::clone(bench.engine.device()), options(None), Profile::ASSUMED).unwrap();
+            let (raw, source) = (bench.stream.raw(), arena(&bench.world, PAGES));
+            (0..PAGES).for_each(|slot| {
+                // SAFETY: a slot of the arena; no transfer is running.
+                unsafe { source.addr(SlotId(slot as u32)).unwrap().as_ptr().write_bytes(0xEE, PAGE) };
+            });
+            bench.compute(7);
+            bench.engine.submit(bench.transfer(Direction::Store, bench.pages().in_stream(raw)), ignored()).unwrap();
+            let steps = (0..PAGES).map(|page| Step { slot: SlotId(page as u32), page: page as u32 }).collect();
+            let load = Transfer::new(Direction::Load, source, steps, bench.pages()).unwrap();
+            if ordered {
+                bench.engine.run(load).unwrap()
+            } else {
+                other.run(load).unwrap()
+            }
+            assert!(bench.engine.stop(Duration::from_secs(60)));
+            *wrong += usize::from(!bench.slots_hold(7));
+            drop(other);
+            bench.check();
+        }
+    }
+    assert_eq!(wrong[0], 0, "a page was overwritten while it was stored");
+    assert!(wrong[1] > 0, "the simulation does not show the race that the scoreboard prevents");
 }

@@ -148,3 +148,72 @@ def test_the_current_stream_of_torch(engine, monkeypatch, used):
     with pytest.raises(kvortex.UnsupportedError, match=REFUSED):
         engine.save_blocks(keys_of(3), raw())
     assert asked == [2] * used
+
+
+def test_a_fence_and_parts_are_for_memory_of_a_gpu(engine):
+    host = np.zeros((3, 8), np.uint8)
+    with pytest.raises(kvortex.UnsupportedError, match="wait for the tickets of copies of host memory"):
+        engine.fence(host, stream=0)
+    for blocks in (
+        raw(),
+        OnDevice(),
+        [OnDevice(shape=(8,))],
+        kvortex.Segments([raw()]),
+        kvortex.PagedCache(raw()).blocks([1]),
+    ):
+        with pytest.raises(kvortex.UnsupportedError, match=r"memory of device 2"):
+            engine.fence(blocks, stream=0)
+    with pytest.raises(kvortex.InvalidArgumentError, match="the blocks are in host memory: pass parts=None"):
+        engine.load_blocks_async(keys_of(3), host, parts=kvortex.Parts([8]))
+
+
+def test_parts_end_where_blocks_end_and_belong_to_one_load(engine):
+    for ends in ([], [0], [4, 4], [8, 4]):
+        with pytest.raises(kvortex.InvalidArgumentError, match="end"):
+            kvortex.Parts(ends)
+    with pytest.raises(kvortex.InvalidArgumentError, match="ends_bytes is no list"):
+        kvortex.Parts("all")
+    parts = kvortex.Parts([4, 8])
+    assert (len(parts), repr(parts)) == (2, "<kvortex.Parts of 2>")
+    with pytest.raises(kvortex.InvalidArgumentError, match="belong to no load yet"):
+        parts.hold(0)
+    with pytest.raises(kvortex.InvalidArgumentError, match="end of the last part: expected 8, got 4"):
+        engine.load_blocks_async(keys_of(3), raw(), stream=0, parts=kvortex.Parts([4]))
+    with pytest.raises(kvortex.UnsupportedError):
+        engine.load_blocks_async(keys_of(3), raw(), stream=0, parts=parts)
+    with pytest.raises(kvortex.InvalidArgumentError, match="make new ones for each"):
+        engine.load_blocks_async(keys_of(3), raw(), stream=0, parts=parts)
+    two = kvortex.PagedCache([np.zeros((4, 6), np.uint8), np.zeros((4, 2), np.uint16)]).parts()
+    with pytest.raises(kvortex.InvalidArgumentError, match="expected 8, got 10"):
+        engine.load_blocks_async(keys_of(3), raw(), stream=0, parts=two)
+
+
+def test_a_save_rests_on_loads(engine):
+    blocks = np.arange(24, dtype=np.uint8).reshape(3, 8)
+    engine.save_blocks(keys_of(3), blocks)
+    load = engine.load_blocks_async(keys_of(3), np.zeros_like(blocks))
+    save = engine.save_blocks_async(keys_of(3, "more"), blocks, after=[load])
+    assert engine.wait(save).mask.all()
+    assert engine.check_blocks(keys_of(3, "more")).all()
+    for after, said in [(load, "after is no list"), ([load, 7], "no Ticket"), ("load", "after is no list")]:
+        with pytest.raises(kvortex.InvalidArgumentError, match=said):
+            engine.save_blocks_async(keys_of(3, "less"), blocks, after=after)
+    assert not engine.check_blocks(keys_of(3, "less")).any()
+
+
+def test_pools_of_a_gpu_that_is_not_there():
+    for device in ("cuda:99", "cuda:4096"):
+        with pytest.raises(kvortex.CudaUnavailableError, match="no CUDA device"):
+            kvortex.GpuAsyncPool(device)
+        with pytest.raises(kvortex.CudaUnavailableError, match="no CUDA device"):
+            kvortex.PinnedHostPool(1 << 16, device=device)
+        with pytest.raises(kvortex.CudaUnavailableError, match="no CUDA device"):
+            kvortex.gpu_link(int(device[5:]))
+    with pytest.raises(kvortex.CudaUnavailableError, match="needs a GPU"):
+        kvortex.GpuAsyncPool("none")
+    for wrong in ("gpu", "cuda:", "cuda:x", "cuda0", ""):
+        with pytest.raises(kvortex.ConfigError, match="device = "):
+            kvortex.GpuAsyncPool(wrong)
+        with pytest.raises(kvortex.ConfigError, match="device = "):
+            kvortex.PinnedHostPool(1 << 16, device=wrong)
+    assert kvortex.PinnedHostPool(1 << 16, device="none").pinned is False

@@ -18,9 +18,11 @@ __all__ = [
     "ConfigError",
     "CudaError",
     "CudaUnavailableError",
+    "DeviceBuffer",
     "DoubleFreeError",
     "ForeignPointerError",
     "ForkedProcessError",
+    "GpuAsyncPool",
     "HostView",
     "InvalidArgumentError",
     "KVortexEngine",
@@ -32,6 +34,7 @@ __all__ = [
     "Namespace",
     "PagedBlocks",
     "PagedCache",
+    "Parts",
     "PinnedBuffer",
     "PinnedHostPool",
     "PoolError",
@@ -44,6 +47,8 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "gpu_link",
+    "gpus",
     "hash_tokens",
 ]
 
@@ -188,11 +193,48 @@ class KVortexEngine:
     def lease_prefix(self, keys: _Keys) -> Lease:
         """Leases the longest prefix that is there, so that it is not evicted before it is loaded."""
 
-    def save_blocks_async(self, keys: _Keys, data: _Blocks, *, stream: _Stream = None) -> Ticket:
-        """As ``save_blocks``, but returns at once. ``data`` is kept alive and must stay as it is until it is done."""
+    def save_blocks_async(
+        self, keys: _Keys, data: _Blocks, *, stream: _Stream = None, after: Sequence[Ticket] = ()
+    ) -> Ticket:
+        """As ``save_blocks``, but returns at once. ``data`` is kept alive and must stay as it is until it is done.
 
-    def load_blocks_async(self, keys: _Keys, out: _Blocks, *, stream: _Stream = None) -> Ticket:
-        """As ``load_blocks`` with ``out``, but returns at once. ``out`` is the engine's until the ticket is done."""
+        GPU memory may be written again in the order of a stream that was put behind the copies by ``fence``.
+
+        Args:
+            keys: as for ``save_blocks``.
+            data: as for ``save_blocks``.
+            stream: as for ``save_blocks``.
+            after: tickets of loads that the blocks were computed from. The blocks become visible only once all of those
+                have succeeded, and never if one has failed.
+        """
+
+    def load_blocks_async(
+        self,
+        keys: _Keys,
+        out: _Blocks,
+        *,
+        stream: _Stream = None,
+        parts: Parts | None = None,
+        background: bool = False,
+    ) -> Ticket:
+        """As ``load_blocks`` with ``out``, but returns at once. ``out`` is the engine's until the ticket is done.
+
+        On a GPU what ``stream`` is given from now on comes after the load, unless one of these is given:
+
+        Args:
+            keys: as for ``load_blocks``.
+            out: as for ``load_blocks``.
+            stream: as for ``load_blocks``.
+            parts: new ``Parts`` of a block, layers say, copied in order: streams wait for each by ``Parts.hold``.
+            background: no stream waits; such loads go 16 MiB at a time, and others go first.
+        """
+
+    def fence(self, blocks: _Blocks, *, stream: _Stream = None) -> None:
+        """Makes what ``stream`` is given from now on wait for every unfinished copy that reads or writes ``blocks``.
+
+        For GPU memory that is about to be written. The host does not wait. Raises UnsupportedError for host memory,
+        whose copies are waited for by their tickets.
+        """
 
     def wait(self, ticket: Ticket, timeout_ms: int | None = None) -> Report:
         """Waits until a ticket is done, for ever without a timeout; Ctrl-C ends the wait, not the copy.
@@ -288,6 +330,9 @@ class PagedCache:
 
     def slots(self, slot_mapping: _Numbers, block_tokens: int = 16) -> PagedBlocks:
         """The blocks of a slot mapping: block * block_tokens + offset for each token of whole blocks, in order."""
+
+    def parts(self) -> Parts:
+        """New parts for one load of blocks: one for each tensor, in order."""
 
     @property
     def num_blocks(self) -> int:
@@ -489,14 +534,128 @@ class KeyChain:
     def copy(self) -> KeyChain:
         """A chain that goes on from here by itself."""
 
+def gpus() -> list[dict[str, Any]]:
+    """What is known of each GPU that this process sees, in order. Takes a context on each.
+
+    ordinal, name, bus_id, driver_cuda, compute_capability, memory_bytes, memory_free_bytes, multiprocessors, maps_host,
+    numa_node (None where the system does not say). Raises CudaUnavailableError without a driver or a GPU.
+    """
+
+def gpu_link(ordinal: int = 0, fresh: bool = False) -> dict[str, dict[str, Any]]:
+    """What the link of a GPU does, as copies are chosen by it: under "store" and "load" the same names each.
+
+    link_bytes_per_s (one long copy), kernel_bytes_per_s (the copy kernel), copy_us and staged_us (what a copy and a
+    staged transfer cost beyond their bytes), methods (the way chosen for 1,000 blocks of 2 MiB, by the bytes of a
+    fragment). ``fresh`` measures anew. Raises CudaUnavailableError without such a GPU.
+    """
+
 def hash_tokens(namespace: Namespace | bytes, tokens: _Numbers, block_tokens: int = 16, extra: bytes = b"") -> bytes:
     """The packed keys of all full blocks of a prompt: ``KeyChain(namespace, block_tokens, extra).extend(tokens)``."""
 
 @final
-class PinnedHostPool:
-    """Memory of any size from one region. Best fit; neighbours that are given back grow together."""
+class Parts:
+    """The parts of one load into GPU memory, so that the first layer can be used while the last is still on its way.
 
-    def __new__(cls, capacity_bytes: int, alignment: int = 128) -> Self: ...
+    Consecutive ranges of a block's bytes that end at ``ends_bytes``, ascending, the last at the end of the block. For
+    one load only.
+    """
+
+    def __new__(cls, ends_bytes: Sequence[int]) -> Self: ...
+    def hold(self, index: int, *, stream: _Stream = None) -> None:
+        """Makes what ``stream``, torch's current one by default, is given from now on wait for part ``index``, from 0.
+
+        The host does not wait. Raises InvalidArgumentError before the load, TransferError if copies failed to start.
+        """
+
+    def __len__(self) -> int: ...
+
+@final
+class GpuAsyncPool:
+    """Stream-ordered memory of a GPU, in pieces of any size, from a pool of its own: nobody waits for memory.
+
+    Args:
+        device: "cuda" or "cuda:0".
+        capacity_bytes: the most that is given out at once; None for all that the GPU has.
+        release_threshold_bytes: what the pool keeps of the GPU's memory when pieces are given back.
+
+    A stream is a handle, an object with ``cuda_stream``, or None for torch's current one. It must live as long as the
+    pieces that were used in it. Raises CudaUnavailableError without such a GPU.
+    """
+
+    def __new__(
+        cls, device: str = "cuda", *, capacity_bytes: int | None = None, release_threshold_bytes: int = 0
+    ) -> Self: ...
+    def allocate(self, nbytes: int, *, stream: _Stream = None) -> DeviceBuffer:
+        """``nbytes`` with undefined content, for what ``stream`` is given from now on.
+
+        Raises PoolExhaustedError when the pool or the GPU has no more, ClosedError if closed.
+        """
+
+    def free(self, address: int) -> None:
+        """Gives back the buffer at ``address``, in the order of the streams that it was handed to.
+
+        Raises ForeignPointerError or DoubleFreeError for any other address; InvalidArgumentError while views exist.
+        """
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes: capacity (None without a limit), used, peak, reserved. Counts: live, allocations, failures."""
+
+    def trim(self, keep_bytes: int = 0) -> None:
+        """Returns to the GPU what is not given out, all but ``keep_bytes``."""
+
+    def close(self) -> list[tuple[int, int]]:
+        """Ends allocation and returns what was still allocated: (address, nbytes). Buffers that live on stay valid."""
+
+    @property
+    def device(self) -> str:
+        """The GPU, "cuda:0" say."""
+
+@final
+class DeviceBuffer:
+    """Memory of a GpuAsyncPool: bytes of one dimension, by DLPack.
+
+    It goes back on ``free``, or when this and all tensors of it have ended, in the order of the streams that it was
+    handed to.
+    """
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, on the GPU."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+
+    def __dlpack__(
+        self,
+        *,
+        stream: _Stream = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A capsule, which ``stream``, the consumer's, may use from now on; -1 leaves the order to the caller."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """(2, number of the GPU)."""
+
+    def free(self, *, stream: _Stream = None) -> None:
+        """Gives the memory back once ``stream`` has passed what it was given so far.
+
+        Raises DoubleFreeError the second time, InvalidArgumentError while views exist.
+        """
+
+    def __len__(self) -> int: ...
+
+@final
+class PinnedHostPool:
+    """Memory of any size from one region. Best fit; neighbours that are given back grow together.
+
+    Page-locked for the GPU that ``device`` names ("auto", "none", "cuda" or "cuda:0", as in KVortexConfig), plain
+    memory where there is none.
+    """
+
+    def __new__(cls, capacity_bytes: int, alignment: int = 128, *, device: str = "auto") -> Self: ...
     def allocate(self, nbytes: int) -> PinnedBuffer:
         """``nbytes`` of memory. Raises PoolExhaustedError when no free run is long enough, ClosedError if closed."""
 
@@ -511,7 +670,7 @@ class PinnedHostPool:
 
     @property
     def pinned(self) -> bool:
-        """Whether the memory is page-locked: only where there is a GPU."""
+        """Whether the memory is page-locked for a GPU."""
 
     def close(self) -> list[tuple[int, int]]:
         """Ends allocation and returns what was still allocated: (address, nbytes). Buffers that live on stay valid."""

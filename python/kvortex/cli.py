@@ -23,6 +23,24 @@ def demo(parser: argparse.ArgumentParser) -> Command:
     return module.main
 
 
+def bench(parser: argparse.ArgumentParser) -> Command:
+    """Measurements of this machine: `bench transfer`, blocks between a GPU, or host memory, and the cache."""
+    import kvortex.bench as module
+
+    kinds = parser.add_subparsers(dest="kind", metavar="what", required=True)
+    summary = "how fast blocks move, by the size of their fragments and the way to copy"
+    module.add_arguments(kinds.add_parser("transfer", help=summary, description=summary))
+    return module.main
+
+
+def doctor(parser: argparse.ArgumentParser) -> Command:
+    """What of this machine decides how fast KVortex is, and what to change."""
+    import kvortex.doctor as module
+
+    module.add_arguments(parser)
+    return module.main
+
+
 def info(_parser: argparse.ArgumentParser) -> Command:
     """Version, build and machine: what a bug report needs."""
 
@@ -35,7 +53,7 @@ def info(_parser: argparse.ArgumentParser) -> Command:
 
 
 # Each adds its arguments to its parser and returns what runs it; only the one asked for is called.
-COMMANDS: tuple[Callable[[argparse.ArgumentParser], Command], ...] = (demo, info)
+COMMANDS: tuple[Callable[[argparse.ArgumentParser], Command], ...] = (demo, doctor, bench, info)
 
 
 def facts() -> dict[str, str]:

@@ -26,6 +26,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyCapsule, PyCapsuleMethods, PyDict, PyMemoryView};
 
+use crate::device_pool::DevicePiece;
 use crate::errors::{UnsupportedError, entry, invalid};
 use crate::keys::kind_of;
 use crate::pool::Piece;
@@ -453,8 +454,11 @@ pub(crate) struct Lent {
     base: NonNull<u8>,
     len: usize,
     writable: bool,
+    device: DlDevice,
     _owner: Box<dyn Any + Send + Sync>,
 }
+
+const HOST: DlDevice = DlDevice { kind: CPU, id: 0 };
 
 // SAFETY: the owner is Send and Sync and keeps the bytes valid for every thread. `Lent` reads them only to copy them, which
 // races with nobody while read-only, and with the user's own writes to a pinned buffer otherwise.
@@ -470,13 +474,20 @@ impl Lent {
     /// Block `i` of a lease, read-only: nobody writes a slot while a lease holds it. None if there is no such block.
     pub(crate) fn block(lease: &Arc<LeasedBlocks>, i: usize) -> Option<Self> {
         let base = lease.addr(i)?;
-        Some(Self { base, len: lease.block_bytes(), writable: false, _owner: Box::new(lease.clone()) })
+        Some(Self { base, len: lease.block_bytes(), writable: false, device: HOST, _owner: Box::new(lease.clone()) })
     }
 
     /// A piece of the pinned pool, writable: the pool gives its bytes to nobody else while the piece lives.
     pub(crate) fn piece(piece: Piece) -> Self {
         let base = NonNull::new(piece.addr() as *mut u8).expect("no mapping begins at address 0");
-        Self { base, len: piece.bytes(), writable: true, _owner: Box::new(piece) }
+        Self { base, len: piece.bytes(), writable: true, device: HOST, _owner: Box::new(piece) }
+    }
+
+    /// A piece of a device pool, which only the device can follow: the pool gives it to nobody else while the piece lives.
+    pub(crate) fn device(piece: Arc<DevicePiece>) -> Self {
+        let base = NonNull::new(piece.addr() as *mut u8).expect("no device memory begins at address 0");
+        let device = DlDevice { kind: CUDA, id: piece.ordinal() as i32 };
+        Self { base, len: piece.bytes(), writable: true, device, _owner: Box::new(piece) }
     }
 
     /// Where the bytes begin.
@@ -495,7 +506,7 @@ impl Lent {
         // SAFETY: `lines` is new and has at least `len` bytes; the owner keeps the source valid.
         unsafe { ptr::copy_nonoverlapping(self.base.as_ptr(), lines.as_mut_ptr().cast(), self.len) };
         let base = NonNull::from(&mut lines[..]).cast();
-        Self { base, len: self.len, writable: true, _owner: Box::new(lines) }
+        Self { base, len: self.len, writable: true, device: HOST, _owner: Box::new(lines) }
     }
 }
 
@@ -660,10 +671,33 @@ fn capsule(py: Python<'_>, lent: Arc<Lent>, flags: u64) -> PyResult<Bound<'_, Py
     capsule
 }
 
+/// What a consumer asks of a capsule.
+pub(crate) struct Wishes {
+    pub(crate) max_version: Option<(u32, u32)>,
+    pub(crate) dl_device: Option<(i32, i32)>,
+    pub(crate) copy: Option<bool>,
+}
+
+/// A capsule of device memory, if the consumer wishes nothing else.
+pub(crate) fn device_capsule<'py>(py: Python<'py>, place: &Place, wishes: &Wishes) -> PyResult<Bound<'py, PyCapsule>> {
+    let lent = place.lent()?;
+    let own = (lent.device.kind, lent.device.id);
+    if wishes.dl_device.is_some_and(|device| device != own) {
+        return Err(PyBufferError::new_err(format!("this memory is on a GPU: pass dl_device=None or {own:?}")));
+    }
+    if wishes.copy == Some(true) {
+        return Err(PyBufferError::new_err("GPU memory is not copied here: pass copy=None and clone the tensor"));
+    }
+    if wishes.max_version.is_none_or(|(major, _)| major < MAJOR) {
+        return Err(PyBufferError::new_err("this is DLPack 1: pass max_version=(1, 0), or use torch.from_dlpack"));
+    }
+    capsule(py, lent, 0)
+}
+
 fn exported(lent: Arc<Lent>, flags: u64) -> Exported {
     let tensor = DlTensor {
         data: lent.base.as_ptr().cast(),
-        device: DlDevice { kind: CPU, id: 0 },
+        device: lent.device,
         ndim: 1,
         dtype: DlType { code: CODE_UINT, bits: 8, lanes: 1 },
         shape: ptr::null(),

@@ -3,20 +3,23 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use kvortex::{DeviceChoice, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Value};
+use kvortex::{Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket, Value};
+use kvortex_mem::span::Place;
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyType};
 
 use crate::answers::{PyLease, PyMask, PyReport, PyTicket, blocks};
-use crate::errors::{detached, entry, raise};
+use crate::errors::{detached, entry, invalid, raise};
+use crate::gpu::device_choice;
 use crate::identity::namespace;
 use crate::keys::PackedKeys;
 use crate::logs;
 use crate::number::whole;
-use crate::stream::no_stream;
-use crate::tensors::{sources, targets};
+use crate::parts::PyParts;
+use crate::stream::{no_stream, stream_on};
+use crate::tensors::{all_of, sequence, sources, targets};
 
 /// How long copies in flight may take at the end of the process.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,35 +162,69 @@ impl PyEngine {
         })
     }
 
-    /// As `save_blocks`, but returns at once. `data` must not change until the ticket is done.
-    #[pyo3(signature = (keys, data, *, stream=None))]
+    /// As `save_blocks`, but returns at once. `data` must not change until the ticket is done, but on a GPU in the order of
+    /// `stream` behind a `fence`.
+    ///
+    /// `after` are tickets of loads that the blocks were computed from: the blocks become visible only once all of those have
+    /// succeeded, and never if one has failed.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the save, by name")]
+    #[pyo3(signature = (keys, data, *, stream=None, after=None), text_signature = "($self, keys, data, *, stream=None, after=())")]
     fn save_blocks_async(
         &self,
         py: Python<'_>,
         keys: &Bound<'_, PyAny>,
         data: &Bound<'_, PyAny>,
         stream: Option<&Bound<'_, PyAny>>,
+        after: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let pages = sources(data, keys.len(), stream)?;
-            self.call(py, |engine| engine.save_async(keys.keys(), pages)).map(PyTicket)
+            let after = after.map_or(Ok(Vec::new()), tickets)?;
+            self.call(py, |engine| engine.save_after(keys.keys(), pages, &after)).map(PyTicket)
         })
     }
 
-    /// As `load_blocks` with `out`, but returns at once. `out` is the engine's until the ticket is done.
-    #[pyo3(signature = (keys, out, *, stream=None))]
+    /// As `load_blocks` with `out`, but returns at once. `out` is the engine's until the ticket is done; on a GPU what `stream`
+    /// is given from now on comes after the load.
+    ///
+    /// With `parts`, a stream waits for each part by `Parts.hold` and for nothing else. With `background`, no stream waits:
+    /// such loads go a little at a time, and others go first.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the load, by name")]
+    #[pyo3(signature = (keys, out, *, stream=None, parts=None, background=false))]
     fn load_blocks_async(
         &self,
         py: Python<'_>,
         keys: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
         stream: Option<&Bound<'_, PyAny>>,
+        parts: Option<&Bound<'_, PyParts>>,
+        background: bool,
     ) -> PyResult<PyTicket> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let pages = targets(out, keys.len(), stream)?;
+            let pages = match parts {
+                Some(parts) => parts.get().of(pages)?,
+                None => pages,
+            };
+            let pages = if background { pages.in_background() } else { pages };
             self.call(py, |engine| engine.load_async(keys.keys(), pages)).map(PyTicket)
+        })
+    }
+
+    /// Makes what `stream`, torch's current one by default, is given from now on wait for every unfinished copy that reads or
+    /// writes `blocks`, GPU memory that is about to be written. The host does not wait.
+    #[pyo3(signature = (blocks, *, stream=None))]
+    fn fence(&self, py: Python<'_>, blocks: &Bound<'_, PyAny>, stream: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        entry(py, || {
+            let pages = all_of(blocks)?;
+            let ordinal = match pages.place() {
+                Place::Device(ordinal) => ordinal,
+                Place::Host => 0,
+            };
+            let stream = stream_on(ordinal, stream, py)?;
+            self.call(py, |engine| engine.fence(stream, &pages))
         })
     }
 
@@ -300,7 +337,7 @@ fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<EngineConfig> {
         numa_node: config.getattr("numa_node")?.extract()?,
         namespace: mixed(Namespace::default(), text),
         gpu: GpuConfig {
-            device: device_choice(&config.getattr("device")?.extract::<String>()?),
+            device: device_choice(&config.getattr("device")?.extract::<String>()?)?,
             streams: config.getattr("gpu_streams")?.extract()?,
             method: method(&config.getattr("copy_method")?.extract::<String>()?),
             staging_bytes: config.getattr("staging_bytes")?.extract()?,
@@ -308,18 +345,17 @@ fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<EngineConfig> {
     })
 }
 
-/// The configuration has checked the text.
-fn device_choice(text: &str) -> DeviceChoice {
-    match (text, text.strip_prefix("cuda")) {
-        ("none", _) => DeviceChoice::None,
-        (_, Some(number)) => DeviceChoice::Cuda(number.trim_start_matches(':').parse().unwrap_or(0)),
-        _ => DeviceChoice::Auto(0),
-    }
-}
-
 /// The method of this name; `None` for "auto".
 fn method(text: &str) -> Option<Method> {
     Method::ALL.into_iter().find(|method| method.name() == text)
+}
+
+/// The tickets of a list or tuple.
+fn tickets(after: &Bound<'_, PyAny>) -> PyResult<Vec<Ticket>> {
+    let items = sequence(after).ok_or_else(|| invalid("after is no list: give the tickets of loads"))?;
+    let ticket = |item: &Bound<'_, PyAny>| item.cast::<PyTicket>().ok().map(|ticket| ticket.get().0.clone());
+    let found: Option<Vec<Ticket>> = items.iter().map(ticket).collect();
+    found.ok_or_else(|| invalid("after holds something that is no Ticket: give the tickets of loads"))
 }
 
 /// The namespace of the caller's digest and the configuration's text.

@@ -29,8 +29,8 @@ exceptions! {
     CudaError < KVortexError: "A call of the GPU's driver failed, or the GPU is lost to this process.";
     CudaUnavailableError < KVortexError: "There is no GPU or driver that can be used.";
     TransferError < KVortexError: "A copy failed; nothing of it is visible.";
-    PoolError < KVortexError: "Base of the errors of PinnedHostPool.";
-    PoolExhaustedError < PoolError: "The pool has no free run that is long enough.";
+    PoolError < KVortexError: "Base of the errors of PinnedHostPool and GpuAsyncPool.";
+    PoolExhaustedError < PoolError: "The pool, or the GPU it takes from, has not that much free memory in one piece.";
     ForeignPointerError < PoolError: "An address that the pool did not give out.";
     DoubleFreeError < PoolError: "An address that was given back already.";
 }
@@ -50,6 +50,7 @@ pub(crate) fn raise(error: Error) -> PyErr {
         Error::Closed => ClosedError::new_err(message),
         Error::Forked { .. } => ForkedProcessError::new_err(message),
         Error::Timeout { .. } => KVortexTimeoutError::new_err(message),
+        Error::Transfer { cause, .. } if matches!(**cause, MemError::DeviceLost { .. }) => CudaError::new_err(message),
         Error::Transfer { .. } => TransferError::new_err(message),
         Error::Mem(cause) => raise_mem(cause),
         _ => KVortexError::new_err(message),

@@ -7,16 +7,19 @@
 use pyo3::prelude::*;
 
 mod answers;
+mod device_pool;
 #[expect(unsafe_code, reason = "raw memory crosses the border here and nowhere else")]
 mod dlpack;
 mod engine;
 mod errors;
+mod gpu;
 mod identity;
 mod keys;
 mod logs;
 mod number;
 mod numbers;
 mod paged;
+mod parts;
 mod pool;
 mod raw;
 mod stream;
@@ -30,6 +33,8 @@ mod _core {
     #[pymodule_export]
     use answers::{Block, PyLease, PyMask, PyReport, PyTicket};
     #[pymodule_export]
+    use device_pool::{DeviceBuffer, PyDevicePool};
+    #[pymodule_export]
     use dlpack::HostView;
     #[pymodule_export]
     use engine::PyEngine;
@@ -40,9 +45,13 @@ mod _core {
         PoolExhaustedError, TransferError, UnsupportedError,
     };
     #[pymodule_export]
+    use gpu::{gpu_link, gpus};
+    #[pymodule_export]
     use identity::{PyKeyChain, PyNamespace, hash_tokens};
     #[pymodule_export]
     use paged::{PagedBlocks, PagedCache};
+    #[pymodule_export]
+    use parts::PyParts;
     #[pymodule_export]
     use pool::{PinnedBuffer, PyPool};
     #[pymodule_export]

@@ -12,6 +12,7 @@ use crate::errors::{detached, entry, invalid, raise_mem};
 use crate::keys::kind_of;
 use crate::number::whole;
 use crate::numbers::Numbers;
+use crate::parts::PyParts;
 use crate::tensors::{sequence, writable};
 
 const BLOCK_IDS: &Numbers = &Numbers { name: "block_ids", one: "a block id", whole: "call", most: MAX_TOKENS };
@@ -88,6 +89,16 @@ impl PagedCache {
             let slots = SLOTS.take(slot_mapping)?;
             self.pick(py, || blocks_of(&slots.read()?, block_tokens))
         })
+    }
+
+    /// New parts for one load of blocks: one for each tensor of the cache, in order.
+    fn parts(&self) -> PyResult<PyParts> {
+        let mut end = 0;
+        let ends = self.0.tables.iter().map(|table| {
+            end += table.pattern.bytes();
+            end
+        });
+        PyParts::ending_at(ends.collect())
     }
 
     /// Number of blocks.

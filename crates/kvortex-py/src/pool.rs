@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use kvortex::DeviceChoice;
 use kvortex_mem::MemError;
 use kvortex_mem::map::{HostMemory, MapOptions, Pinned};
 use kvortex_mem::pool::PinnedHostPool;
@@ -10,40 +11,52 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::dlpack::{HostView, Lent, Place};
-use crate::errors::{entry, invalid, raise_mem};
+use crate::errors::{detached, entry, invalid, raise_mem};
+use crate::gpu::device_choice;
 use crate::number::whole;
 
 /// Threads that touch the pages of a new pool.
 const TOUCH_THREADS: usize = 4;
 
-/// The pool and who holds what of it. Under the lock an address has an entry exactly while it is allocated, so that nobody can
-/// give back memory that a piece still stands for.
+/// Who holds what of a pool. Under the lock an address has an entry exactly while it is allocated, so that nobody can give
+/// back memory that a piece still stands for.
+#[derive(Default)]
+pub(crate) struct Held(Mutex<HashMap<usize, Weak<Place>>>);
+
+impl Held {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, HashMap<usize, Weak<Place>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what starts at `addr`. `unknown` says why nothing does.
+    pub(crate) fn give_back(&self, addr: usize, unknown: impl FnOnce() -> Result<(), MemError>) -> PyResult<()> {
+        let place = {
+            let held = self.lock();
+            match held.get(&addr) {
+                Some(place) => place.upgrade(),
+                None => return unknown().map_err(|error| raise_mem(&error)),
+            }
+        };
+        match place {
+            Some(place) if place.give_back()? => Ok(()),
+            Some(_) => Err(raise_mem(&MemError::DoubleFree { addr })),
+            None => Err(invalid(format!("the buffer at {addr:#x} ended, but views of it live on: drop them first"))),
+        }
+    }
+}
+
 struct Core {
     pool: PinnedHostPool,
-    held: Mutex<HashMap<usize, Weak<Place>>>,
+    held: Held,
 }
 
 impl Core {
-    fn held(&self) -> MutexGuard<'_, HashMap<usize, Weak<Place>>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Arc<Place>, MemError> {
-        let mut held = self.held();
+        let mut held = self.held.lock();
         let addr = self.pool.allocate(bytes)?.addr;
         let place = Arc::new(Place::new(Lent::piece(Piece { core: self.clone(), addr, bytes })));
         held.insert(addr, Arc::downgrade(&place));
         Ok(place)
-    }
-
-    /// Who holds `addr`: None inside for a buffer that ended before its views.
-    fn holder(&self, addr: usize) -> Result<Option<Arc<Place>>, MemError> {
-        let held = self.held();
-        match held.get(&addr) {
-            Some(place) => Ok(place.upgrade()),
-            // Not allocated, so the pool only says why.
-            None => self.pool.free(addr).map(|()| None),
-        }
     }
 }
 
@@ -66,7 +79,7 @@ impl Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        let mut held = self.core.held();
+        let mut held = self.core.held.lock();
         held.remove(&self.addr);
         if let Err(error) = self.core.pool.free(self.addr) {
             log::debug!("{:#x} not given back: {error}", self.addr);
@@ -74,26 +87,38 @@ impl Drop for Piece {
     }
 }
 
-/// Memory of any size from one region: `PinnedHostPool(capacity_bytes, alignment=128)`. Pinned where there is a GPU, plain
-/// memory where there is none (`pinned` says which). Best fit; neighbours that are given back grow together.
+/// A pool whose memory is page-locked for a device if there is one, and plain if that fails.
+fn pinned_pool(bytes: usize, alignment: usize, choice: DeviceChoice) -> Result<PinnedHostPool, kvortex::Error> {
+    let device = kvortex::open_device(choice)?;
+    let numa_node = device.as_ref().and_then(|device| device.info().numa_node);
+    let mut memory = HostMemory::map(&MapOptions { bytes, huge_pages: true, numa_node, touch_threads: TOUCH_THREADS })?;
+    if let Some(device) = device
+        && let Err(error) = memory.pin(&device)
+    {
+        log::warn!("copies between this pool and {} will be slow: {error}", device.info().name);
+    }
+    Ok(PinnedHostPool::new(memory, alignment)?)
+}
+
+/// Memory of any size from one region. Page-locked for the GPU that `device` names ("auto", "none", "cuda" or "cuda:0", as in
+/// KVortexConfig), plain memory where there is none (`pinned` says which). Best fit; neighbours that are given back grow
+/// together.
 #[pyclass(name = "PinnedHostPool", frozen, module = "kvortex")]
 pub(crate) struct PyPool(Arc<Core>);
 
 #[pymethods]
 impl PyPool {
     #[new]
-    #[pyo3(signature = (capacity_bytes, alignment=None), text_signature = "(capacity_bytes, alignment=128)")]
-    fn new(capacity_bytes: &Bound<'_, PyAny>, alignment: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (capacity_bytes, alignment=None, *, device="auto"),
+           text_signature = "(capacity_bytes, alignment=128, *, device='auto')")]
+    fn new(capacity_bytes: &Bound<'_, PyAny>, alignment: Option<&Bound<'_, PyAny>>, device: &str) -> PyResult<Self> {
         let py = capacity_bytes.py();
         entry(py, || {
             let bytes = whole("capacity_bytes", capacity_bytes)?;
             let alignment = alignment.map_or(Ok(128), |alignment| whole("alignment", alignment))?;
-            let pool = py.detach(|| {
-                let options = MapOptions { bytes, huge_pages: true, numa_node: None, touch_threads: TOUCH_THREADS };
-                HostMemory::map(&options).and_then(|memory| PinnedHostPool::new(memory, alignment))
-            });
-            let pool = pool.map_err(|error| raise_mem(&error))?;
-            Ok(Self(Arc::new(Core { pool, held: Mutex::default() })))
+            let choice = device_choice(device)?;
+            let pool = detached(py, || pinned_pool(bytes, alignment, choice))?;
+            Ok(Self(Arc::new(Core { pool, held: Held::default() })))
         })
     }
 
@@ -110,13 +135,7 @@ impl PyPool {
     fn free(&self, py: Python<'_>, address: &Bound<'_, PyAny>) -> PyResult<()> {
         entry(py, || {
             let addr = whole("address", address)?;
-            match self.0.holder(addr).map_err(|error| raise_mem(&error))? {
-                Some(place) if place.give_back()? => Ok(()),
-                Some(_) => Err(raise_mem(&MemError::DoubleFree { addr })),
-                None => {
-                    Err(invalid(format!("the buffer at {addr:#x} ended, but views of it live on: drop them first")))
-                }
-            }
+            self.0.held.give_back(addr, || self.0.pool.free(addr))
         })
     }
 

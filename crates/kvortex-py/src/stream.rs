@@ -13,9 +13,13 @@ use crate::keys::kind_of;
 pub(crate) fn in_stream(pages: Pages, stream: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<Pages> {
     match (pages.place(), stream) {
         (Place::Host, stream) => no_stream(stream).map(|()| pages),
-        (Place::Device(_), Some(stream)) => Ok(pages.in_stream(handle(stream)?)),
-        (Place::Device(ordinal), None) => Ok(pages.in_stream(current(py, ordinal)?)),
+        (Place::Device(ordinal), stream) => stream_on(ordinal, stream, py).map(|stream| pages.in_stream(stream)),
     }
+}
+
+/// The stream of GPU `ordinal` that is meant: `stream`, or torch's current one where there is one, else the default stream.
+pub(crate) fn stream_on(ordinal: u32, stream: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<RawStream> {
+    stream.map_or_else(|| current(py, ordinal), handle)
 }
 
 /// Refuses a stream for host memory, which would not be waited for.

@@ -54,6 +54,24 @@ pub(crate) fn targets(out: &Bound<'_, PyAny>, count: usize, stream: Option<&Boun
     in_stream(Wanted { count, written: true }.pages(out, "out")?, stream, out.py())
 }
 
+/// Reads `blocks`, however many there are.
+pub(crate) fn all_of(blocks: &Bound<'_, PyAny>) -> PyResult<Pages> {
+    let count = match (blocks.cast::<PagedBlocks>(), blocks.cast::<Segments>()) {
+        (Ok(blocks), _) => blocks.get().count(),
+        (_, Ok(parts)) => leading(&parts.get().tensors.bind(blocks.py()).get_item(0)?, "blocks.tensors[0]")?,
+        _ => leading(blocks, "blocks")?,
+    };
+    Wanted { count, written: false }.pages(blocks, "blocks")
+}
+
+/// How many blocks a tensor or a list of tensors has.
+fn leading(part: &Bound<'_, PyAny>, name: &str) -> PyResult<usize> {
+    match sequence(part) {
+        Some(items) => Ok(items.len()),
+        None => Ok(Tensor::import(part, Name::Whole(name))?.shape.first().copied().unwrap_or(0)),
+    }
+}
+
 /// What an argument must be. The name that goes with it is for messages.
 #[derive(Clone, Copy)]
 struct Wanted {

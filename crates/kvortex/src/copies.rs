@@ -8,9 +8,12 @@ use crate::config::{DeviceChoice, EngineConfig};
 use crate::error::Result;
 use crate::sync::Arc;
 
-/// The device that `config` asks for, opened; nothing that cannot be undone has happened to it.
+/// The device that `choice` names; `None` if it leaves that open and none can be used.
+///
+/// # Errors
+/// [`Error::Mem`](crate::Error::Mem) when the named device cannot be used, with the reason.
 #[cfg(not(shuttle))]
-pub(crate) fn open(choice: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
+pub fn open(choice: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
     use kvortex_mem::cuda::Cuda;
 
     match choice {
@@ -26,8 +29,12 @@ pub(crate) fn open(choice: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
     }
 }
 
+/// There are no devices in a model.
+///
+/// # Errors
+/// Never.
 #[cfg(shuttle)]
-pub(crate) fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
+pub fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
     Ok(None)
 }
 
@@ -51,49 +58,19 @@ fn with_device(config: &EngineConfig, host: Arc<HostCopy>, device: &Arc<dyn Devi
     use kvortex_mem::copy::ByPlace;
     use kvortex_mem::copy::gpu::{GpuCopy, GpuOptions};
 
+    use crate::profile;
+
     let options = GpuOptions {
         streams: config.gpu.streams,
         method: config.gpu.method,
         staging_bytes: config.gpu.staging_bytes,
         ..GpuOptions::default()
     };
-    let gpu = GpuCopy::new(Arc::clone(device), options, profile::of(device))?;
+    let gpu = GpuCopy::new(Arc::clone(device), options, profile::link_profile(device, false))?;
     Ok(Arc::new(ByPlace::new(host, Arc::new(gpu))))
 }
 
 #[cfg(shuttle)]
 fn with_device(_: &EngineConfig, host: Arc<HostCopy>, _: &Arc<dyn Device>) -> Result<Arc<dyn CopyEngine>> {
     Ok(host)
-}
-
-#[cfg(not(shuttle))]
-mod profile {
-    //! The speed of a GPU's link, measured once in a process.
-
-    use std::collections::HashMap;
-
-    use kvortex_mem::copy::gpu::{GpuCopy, Profile};
-    use kvortex_mem::device::Device;
-    use parking_lot::Mutex;
-
-    use crate::sync::Arc;
-
-    static MEASURED: Mutex<Option<HashMap<String, Profile>>> = Mutex::new(None);
-
-    /// The profile of `device`'s link; an assumed one if it cannot be measured.
-    pub(super) fn of(device: &Arc<dyn Device>) -> Profile {
-        let mut measured = MEASURED.lock();
-        let measured = measured.get_or_insert_default();
-        let info = device.info();
-        *measured.entry(format!("{} {}", info.bus_id, info.name)).or_insert_with(|| match GpuCopy::calibrate(device) {
-            Ok(profile) => {
-                log::info!("link of {}: {profile:?}", device.info().name);
-                profile
-            }
-            Err(error) => {
-                log::warn!("the link of {} could not be measured: {error}", device.info().name);
-                Profile::ASSUMED
-            }
-        })
-    }
 }

@@ -39,12 +39,15 @@ pub mod mover;
 mod namespace;
 pub mod plan;
 pub mod planner;
+#[cfg(not(shuttle))]
+mod profile;
 mod stats;
 mod sync;
 mod ticket;
 pub mod tier;
 
 pub use config::{DeviceChoice, EngineConfig, GpuConfig, MAX_THREADS, Method};
+pub use copies::open as open_device;
 pub use engine::{Engine, LeasedBlocks};
 pub use error::{Error, ErrorKind, Result};
 pub use key::{BlockKey, KEY_BYTES, KeyChain, Keys, MAX_BLOCK_TOKENS, MAX_TOKENS};
@@ -53,5 +56,7 @@ pub use mask::BlockMask;
 pub use metrics::{LaneStats, Quantiles};
 pub use namespace::{Namespace, NamespaceBuilder, Value};
 pub use plan::{Kind, Report};
+#[cfg(not(shuttle))]
+pub use profile::link_profile;
 pub use stats::Stats;
 pub use ticket::Ticket;

@@ -4,6 +4,7 @@
 mod device;
 mod driver;
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 use std::sync::OnceLock;
@@ -11,7 +12,7 @@ use std::sync::OnceLock;
 use self::driver::{Driver, Handle, driver};
 use crate::device::{Device, DeviceInfo};
 use crate::error::MemError;
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex};
 
 /// One GPU, with the context that other users of CUDA in this process have, torch among them. It is never given back: others
 /// may still be using it when this is dropped.
@@ -65,8 +66,18 @@ impl Cuda {
         Ok(u32::try_from(count).unwrap_or(0))
     }
 
-    /// Opens GPU `ordinal` of those that this process sees; takes a context on it, with some hundred MB of its memory.
+    /// GPU `ordinal` of those that this process sees. The first call takes a context on it, with some hundred MB of its
+    /// memory; later ones return the same device.
     pub fn open(ordinal: u32) -> Result<Arc<dyn Device>, MemError> {
+        static OPENED: Mutex<BTreeMap<u32, Arc<dyn Device>>> = Mutex::new(BTreeMap::new());
+        if let Some(device) = OPENED.lock().get(&ordinal) {
+            return device.check().map(|()| Arc::clone(device));
+        }
+        let device = Cuda::start_numbered(ordinal)?;
+        Ok(Arc::clone(OPENED.lock().entry(ordinal).or_insert(device)))
+    }
+
+    fn start_numbered(ordinal: u32) -> Result<Arc<dyn Device>, MemError> {
         let count = Cuda::count().map_err(|error| match error {
             MemError::NoDevice { reason, .. } => MemError::NoDevice { ordinal, reason },
             other => other,

@@ -59,6 +59,11 @@ impl Parts {
         }
     }
 
+    /// Fails unless the parts make up pages of `page_bytes` bytes.
+    pub fn check(&self, page_bytes: usize) -> Result<(), MemError> {
+        self.ranges(page_bytes).map(drop)
+    }
+
     /// The bytes of each part, after checking that they make up pages of `page_bytes`.
     pub(crate) fn ranges(&self, page_bytes: usize) -> Result<Vec<Range<usize>>, MemError> {
         let actual = self.ends.last().copied().unwrap_or(0);

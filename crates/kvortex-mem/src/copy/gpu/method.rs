@@ -57,15 +57,31 @@ impl Profile {
 
 /// What matters of a transfer for the choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
-    pub(super) bytes: usize,
+pub struct Shape {
+    /// Bytes in all.
+    pub bytes: usize,
     /// Copies that the copy engine would make straight between pages and slots.
-    pub(super) fragments: usize,
+    pub fragments: usize,
     /// Copies that it would make between staging and slots.
-    pub(super) slots: usize,
+    pub slots: usize,
 }
 
 impl Rates {
+    /// The method with the least expected time. Unless kernels reach host memory, only the copy engine reaches the slots.
+    pub fn choose(&self, shape: &Shape, maps_host: bool) -> Method {
+        self.best(shape, if maps_host { &Method::ALL } else { &[Method::Dma, Method::Staged] })
+    }
+
+    /// As [`choose`](Rates::choose), where there is no memory for staging.
+    pub(super) fn choose_unstaged(&self, shape: &Shape, maps_host: bool) -> Method {
+        self.best(shape, if maps_host { &[Method::Dma, Method::Kernel] } else { &[Method::Dma] })
+    }
+
+    fn best(&self, shape: &Shape, allowed: &[Method]) -> Method {
+        let cost = |&method: &Method| self.cost(method, shape);
+        allowed.iter().copied().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(Method::Dma)
+    }
+
     /// Microseconds that `method` is expected to take.
     pub(super) fn cost(&self, method: Method, shape: &Shape) -> f64 {
         let bytes = shape.bytes as f64;
@@ -83,9 +99,3 @@ impl Rates {
 
 /// What a launch takes beyond its bytes.
 const KERNEL_US: f64 = 6.0;
-
-/// The method of `allowed` with the least expected time.
-pub(super) fn choose(rates: &Rates, shape: &Shape, allowed: &[Method]) -> Method {
-    let cost = |&method: &Method| rates.cost(method, shape);
-    allowed.iter().copied().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(Method::Dma)
-}

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 pub use self::board::{FAILED_KEPT, LaneBoard};
 pub use self::flight::Lane;
-pub use self::method::{Method, Profile, Rates};
+pub use self::method::{Method, Profile, Rates, Shape};
 pub use self::streams::MAX_STREAMS;
 
 use self::control::{Control, Landed};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::GpuOptions;
 use super::flight::Load;
-use super::method::{self, Method, Profile};
+use super::method::{Method, Profile};
 use super::program::{self, Halves, Op, Program, Task};
 use super::stock::{Stock, TableMemory};
 use super::streams::{Role, Streams};
@@ -109,12 +109,10 @@ impl Pilot {
             return task;
         }
         let shape = program::shape(&task, self.options.staging_bytes);
-        let mut allowed = Method::ALL.to_vec();
-        allowed.retain(|&method| method != Method::Kernel || self.device.info().maps_host);
-        task.method = self.options.method.unwrap_or_else(|| method::choose(&rates, &shape, &allowed));
+        let maps_host = self.device.info().maps_host;
+        task.method = self.options.method.unwrap_or_else(|| rates.choose(&shape, maps_host));
         if task.method == Method::Staged && !self.has_staging(load.transfer.direction()) {
-            allowed.retain(|&method| method != Method::Staged);
-            task.method = method::choose(&rates, &shape, &allowed);
+            task.method = rates.choose_unstaged(&shape, maps_host);
         }
         task
     }

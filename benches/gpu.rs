@@ -12,7 +12,7 @@ use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::gpu::{GpuCopy, GpuOptions, Method, Profile};
 use kvortex_mem::copy::{CopyEngine, Direction, Step, Transfer};
 use kvortex_mem::cuda::Cuda;
-use kvortex_mem::device::{Device, DeviceMemory, Event, Priority, Stream};
+use kvortex_mem::device::{Device, DeviceMemory, Event, Priority, RawStream, Stream};
 use kvortex_mem::map::{HostMemory, MapOptions};
 use kvortex_mem::slots::SlotId;
 use kvortex_mem::span::{Pages, Pattern, Place, Region, Segment};
@@ -128,15 +128,20 @@ impl Bench {
     fn transfer(
         &self,
         direction: Direction,
-        layout: &Layout,
-        arena: &Arc<Arena>,
+        (layout, arena): (&Layout, &Arc<Arena>),
         blocks: std::ops::Range<usize>,
+        stream: Option<RawStream>,
     ) -> Result<Transfer> {
         let spread = |index: usize| blocks.start + (index * 7919) % blocks.len();
         let steps = (0..blocks.len())
             .map(|index| Step { slot: SlotId(spread(index) as u32), page: spread(blocks.len() - 1 - index) as u32 })
             .collect();
-        Transfer::new(direction, Arc::clone(arena), steps, self.pages(layout)?)
+        let pages = self.pages(layout)?;
+        let pages = match stream {
+            Some(stream) => pages.in_stream(stream),
+            None => pages,
+        };
+        Transfer::new(direction, Arc::clone(arena), steps, pages)
     }
 }
 
@@ -167,6 +172,7 @@ fn main() -> Result<()> {
     let mut bench = Bench::new()?;
     let (store_peak, load_peak, both_peak) = bench.peaks()?;
     println!("contiguous 512 MiB: store {store_peak:.1}, load {load_peak:.1}, both {both_peak:.1} GB/s");
+    driver_calls(&bench)?;
     let start = Instant::now();
     let profile = GpuCopy::calibrate(&bench.device)?;
     println!("calibrated in {:?}: {profile:?}", start.elapsed());
@@ -180,7 +186,7 @@ fn main() -> Result<()> {
             for (direction, peak) in [(Direction::Store, store_peak), (Direction::Load, load_peak)] {
                 let bytes = BLOCKS * layout.block();
                 let rate = speed(RUNS, bytes, || {
-                    let transfer = bench.transfer(direction, layout, &arena, 0..BLOCKS)?;
+                    let transfer = bench.transfer(direction, (layout, &arena), 0..BLOCKS, None)?;
                     let start = Instant::now();
                     copies.run(transfer)?;
                     Ok(start.elapsed())
@@ -203,8 +209,8 @@ fn main() -> Result<()> {
 fn both(bench: &Bench, copies: &GpuCopy, layout: &Layout, arena: &Arc<Arena>) -> Result<f64> {
     let (down, up) = (0..BLOCKS, BLOCKS..2 * BLOCKS);
     speed(3, 2 * BLOCKS * layout.block(), || {
-        let store = bench.transfer(Direction::Store, layout, arena, down.clone())?;
-        let load = bench.transfer(Direction::Load, layout, arena, up.clone())?;
+        let store = bench.transfer(Direction::Store, (layout, arena), down.clone(), None)?;
+        let load = bench.transfer(Direction::Load, (layout, arena), up.clone(), None)?;
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = sender.clone();
         let start = Instant::now();
@@ -217,44 +223,97 @@ fn both(bench: &Bench, copies: &GpuCopy, layout: &Layout, arena: &Arc<Arena>) ->
     })
 }
 
-/// What the submitting thread spends on a plan of 4,096 fragments.
+/// What the submitting thread spends on a plan of 4,096 fragments: a store, and a load that a stream waits for.
 fn submissions(bench: &Bench, profile: Profile, layout: &Layout, arena: &Arc<Arena>) -> Result<()> {
-    let blocks = 4096 / layout.tensors;
-    for method in [Method::Kernel, Method::Staged] {
-        let copies = engine(bench, profile, Some(method), |_| ())?;
-        let mut times = Vec::new();
-        for _ in 0..50 {
-            let transfer = bench.transfer(Direction::Store, layout, arena, 0..blocks.min(BLOCKS))?;
-            let (sender, receiver) = std::sync::mpsc::channel();
-            let start = Instant::now();
-            copies.submit(transfer, Box::new(move |result| sender.send(result).unwrap_or(())))?;
-            times.push(start.elapsed().as_nanos() as f64 / 1e3);
-            receiver.recv().map_err(|_| MemError::Stopped)??;
+    let blocks = (4096 / layout.tensors).min(BLOCKS);
+    let stream = Stream::new(&bench.device, Priority::Low)?;
+    let ways = [Some(Method::Kernel), Some(Method::Staged), None];
+    for (method, mib) in ways.into_iter().flat_map(|method| [32usize, 128].map(|mib| (method, mib))) {
+        let copies = engine(bench, profile, method, |options| options.flight_bytes = mib << 20)?;
+        print!("{:>8}  flights of {mib} MiB: submitted 4,096 fragments in", method.map_or("auto", Method::name));
+        for direction in [Direction::Store, Direction::Load] {
+            let mut times = Vec::new();
+            for _ in 0..50 {
+                let transfer = bench.transfer(direction, (layout, arena), 0..blocks, Some(stream.raw()))?;
+                let (sender, receiver) = std::sync::mpsc::channel();
+                let start = Instant::now();
+                copies.submit(transfer, Box::new(move |result| sender.send(result).unwrap_or(())))?;
+                times.push(start.elapsed().as_nanos() as f64 / 1e3);
+                receiver.recv().map_err(|_| MemError::Stopped)??;
+            }
+            print!(" {:.0} us ({direction:?})", median(times));
         }
-        println!("{:>8}  submitted 4,096 fragments in {:.0} us (median of 50)", method.name(), median(times));
+        println!(", medians of 50");
     }
     Ok(())
 }
 
-/// Thread blocks and sizes of staging buffers.
-fn sweep(bench: &Bench, profile: Profile, layout: &Layout, arena: &Arc<Arena>) -> Result<()> {
-    let cases = [8u32, 12, 16, 24, 32].map(|blocks| (Method::Kernel, blocks, 32));
-    let staged = [4usize, 8, 16, 64].map(|mib| (Method::Staged, 16, mib));
-    for (method, blocks, mib) in cases.into_iter().chain(staged) {
-        let copies = engine(bench, profile, Some(method), |options| {
-            (options.blocks, options.staging_bytes) = (blocks, mib << 20);
-        })?;
-        print!("{:>8}, {blocks} thread blocks, staging of {mib} MiB:", method.name());
-        for direction in [Direction::Store, Direction::Load] {
-            let rate = speed(3, BLOCKS * layout.block(), || {
-                let transfer = bench.transfer(direction, layout, arena, 0..BLOCKS)?;
-                let start = Instant::now();
-                copies.run(transfer)?;
-                Ok(start.elapsed())
-            })?;
-            print!("  {direction:?} {rate:6.2}");
+/// What the driver takes of the submitting thread, call by call, after it was left alone for as long as a copy takes.
+fn driver_calls(bench: &Bench) -> Result<()> {
+    let stream = Stream::new(&bench.device, Priority::High)?;
+    let (host, there) = (bench.memory.as_ref().expect("not cut").addr().as_ptr() as usize, bench.region.addr());
+    let end = Event::new(&bench.device)?;
+    let mut times = [const { Vec::new() }; 5];
+    for _ in 0..30 {
+        end.record(stream.raw())?;
+        end.synchronize()?;
+        std::thread::sleep(Duration::from_millis(4));
+        let mut last = Instant::now();
+        let mut lap = |which: usize| {
+            times[which].push(last.elapsed().as_nanos() as f64 / 1e3);
+            last = Instant::now();
+        };
+        let event = Event::new(&bench.device)?;
+        lap(0);
+        // SAFETY: in bounds of pinned and device memory that nothing else uses.
+        unsafe { bench.device.copy(stream.raw(), there, host, 16 << 10)? };
+        lap(1);
+        event.record(stream.raw())?;
+        lap(2);
+        // SAFETY: as above.
+        unsafe { bench.device.copy(stream.raw(), host, there, 2 * MIB)? };
+        lap(3);
+        for index in 0..63 {
+            // SAFETY: as above.
+            unsafe { bench.device.copy(stream.raw(), host + index * 2 * MIB, there + index * 2 * MIB, 2 * MIB)? };
         }
-        println!();
+        lap(4);
+    }
+    let [create, table, record, copy, copies] = times.map(median);
+    println!(
+        "driver calls, us: event {create:.1}, table of 16 KiB {table:.1}, record {record:.1}, copy of 2 MiB {copy:.1}, \
+         63 more {copies:.1}"
+    );
+    Ok(())
+}
+
+/// Thread blocks, sizes of staging buffers and flights, numbers of streams.
+fn sweep(bench: &Bench, profile: Profile, layout: &Layout, arena: &Arc<Arena>) -> Result<()> {
+    type Change = fn(&mut GpuOptions, usize);
+    let blocks: (&str, Method, &[usize], Change) =
+        ("thread blocks", Method::Kernel, &[8, 12, 16, 24, 32], |options, value| options.blocks = value as u32);
+    let staging: (&str, Method, &[usize], Change) =
+        ("MiB of staging", Method::Staged, &[4, 8, 16, 32, 64], |options, value| options.staging_bytes = value << 20);
+    let flights: (&str, Method, &[usize], Change) =
+        ("MiB a flight", Method::Staged, &[32, 64, 128], |options, value| options.flight_bytes = value << 20);
+    let kernel_flights = ("MiB a flight", Method::Kernel, flights.2, flights.3);
+    let streams: (&str, Method, &[usize], Change) =
+        ("streams", Method::Staged, &[1, 2, 3, 4], |options, value| options.streams = value);
+    for (name, method, values, change) in [blocks, staging, flights, kernel_flights, streams] {
+        for &value in values {
+            let copies = engine(bench, profile, Some(method), |options| change(options, value))?;
+            print!("{:>8}, {value} {name}:", method.name());
+            for direction in [Direction::Store, Direction::Load] {
+                let rate = speed(3, BLOCKS * layout.block(), || {
+                    let transfer = bench.transfer(direction, (layout, arena), 0..BLOCKS, None)?;
+                    let start = Instant::now();
+                    copies.run(transfer)?;
+                    Ok(start.elapsed())
+                })?;
+                print!("  {direction:?} {rate:6.2}");
+            }
+            println!("  both {:6.2}", both(bench, &copies, layout, arena)?);
+        }
     }
     Ok(())
 }

@@ -268,6 +268,10 @@ class KVortexEngine:
         """Whether the engine was shut down."""
 
     @property
+    def device(self) -> str:
+        """The GPU whose memory can be passed beside that of the host, "cuda:0" say; "none" without one."""
+
+    @property
     def block_size_bytes(self) -> int | None:
         """Bytes of one block; None until the first save or ``bind``."""
 

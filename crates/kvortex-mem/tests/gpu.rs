@@ -106,6 +106,8 @@ const PAGES: usize = 64;
 struct Bench {
     device: Arc<dyn Device>,
     engine: GpuCopy,
+    /// Knows nothing of the copies of the first one.
+    other: GpuCopy,
     stream: Stream,
     end: Event,
     region: Region,
@@ -113,6 +115,8 @@ struct Bench {
     busy: DeviceMemory,
     values: HostMemory,
     arena: Arc<Arena>,
+    /// What another block's load brings.
+    foreign: Arc<Arena>,
 }
 
 const BUSY: usize = 64 << 20;
@@ -126,15 +130,20 @@ impl Bench {
         // SAFETY: the region owns the memory, which only the device touches.
         let region = unsafe { Region::from_raw(addr, PAGES * PAGE, true, Box::new(there)) }.at(Place::Device(0));
         let values = pinned(&device, 2 * PAGES * PAGE);
-        let arena = Arc::new(Arena::cut(pinned(&device, PAGES * PAGE), PAGE).unwrap());
+        let arena = || Arc::new(Arena::cut(pinned(&device, PAGES * PAGE), PAGE).unwrap());
+        let (arena, foreign) = (arena(), arena());
+        // SAFETY: the slots of an arena follow each other; no transfer is running.
+        unsafe { foreign.addr(SlotId(0)).unwrap().as_ptr().write_bytes(0xEE, PAGES * PAGE) };
         Bench {
-            engine: GpuCopy::new(Arc::clone(&device), options, Profile::ASSUMED).unwrap(),
+            engine: GpuCopy::new(Arc::clone(&device), options.clone(), Profile::ASSUMED).unwrap(),
+            other: GpuCopy::new(Arc::clone(&device), options, Profile::ASSUMED).unwrap(),
             stream: Stream::new(&device, Priority::Low).unwrap(),
             end: Event::new(&device).unwrap(),
             busy: DeviceMemory::new(&device, 2 * BUSY).unwrap(),
             region,
             values,
             arena,
+            foreign,
             device,
         }
     }
@@ -227,6 +236,31 @@ impl Bench {
     }
 }
 
+impl Bench {
+    /// Stores what the stream computes, and loads something else into the same pages at once; true if the right bytes were
+    /// stored. The barrier is the scoreboard, which another engine does not see.
+    fn reuse_behind_store(&self, round: usize, barriers: bool) -> bool {
+        let value = (round % 200) as u8 + 1;
+        self.set(0, value);
+        self.slots().fill(0);
+        self.compute(0, round % 4);
+        let (sender, receiver) = mpsc::channel();
+        let store = self.transfer(Direction::Store, self.pages().in_stream(self.stream.raw()));
+        self.engine.submit(store, Box::new(move |result| sender.send(result).unwrap())).unwrap();
+        let step = |page: usize| Step { slot: SlotId(page as u32), page: page as u32 };
+        let steps = (0..PAGES).map(step).collect();
+        let load = Transfer::new(Direction::Load, Arc::clone(&self.foreign), steps, self.pages()).unwrap();
+        if barriers {
+            self.engine.run(load).unwrap()
+        } else {
+            self.other.run(load).unwrap()
+        }
+        receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        self.settle();
+        self.slots().iter().all(|&byte| byte == value)
+    }
+}
+
 /// Rounds with barriers; `KVORTEX_ORDER_ROUNDS` for the long campaign.
 fn rounds() -> usize {
     std::env::var("KVORTEX_ORDER_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(200)
@@ -251,6 +285,11 @@ fn order_holds_with_barriers_and_breaks_without() {
                 "load",
                 wrong(200, |round| bench.load_between(round, false)),
                 wrong(rounds(), |round| bench.load_between(round, true)),
+            ),
+            (
+                "reuse",
+                wrong(200, |round| bench.reuse_behind_store(round, false)),
+                wrong(rounds(), |round| bench.reuse_behind_store(round, true)),
             ),
         ] {
             println!("{name}, {}: {broken} of 200 wrong without barriers, {kept} of {} with", method.name(), rounds());

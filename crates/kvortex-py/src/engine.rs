@@ -285,6 +285,13 @@ impl PyEngine {
         self.engine().is_closed()
     }
 
+    /// The GPU whose memory can be passed beside that of the host, "cuda:0" say; "none" without one.
+    #[getter]
+    fn device(&self) -> String {
+        let ordinal = self.engine().device().map(|device| device.info().ordinal);
+        ordinal.map_or_else(|| "none".to_owned(), |ordinal| format!("cuda:{ordinal}"))
+    }
+
     /// Bytes of one block; None until the first save or `bind`.
     #[getter]
     fn block_size_bytes(&self) -> Option<usize> {

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::bytes::{arena, contiguous, marked_load};
-use super::{Engine, HostWorld, PATIENCE, WAYS, Way, World, execute};
+use super::{Engine, PATIENCE, WAYS, Way, World, execute};
 use crate::copy::{Direction, Done, Step, Transfer};
 use crate::error::MemError;
 use crate::slots::SlotId;
@@ -17,9 +17,10 @@ use crate::sync::{Arc, thread};
 /// Sizes of transfers in bytes: one that a thread copies alone, and one that is worth several.
 const SIZES: [usize; 2] = [4096, 6 << 20];
 
+#[cfg(test)]
 /// A load of `bytes` into new memory.
 pub(in crate::copy) fn load(bytes: usize) -> Transfer {
-    load_in(&HostWorld, bytes)
+    load_in(&super::HostWorld, bytes)
 }
 
 /// A load of `bytes` into new memory of `world`.

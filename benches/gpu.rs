@@ -173,6 +173,7 @@ fn main() -> Result<()> {
     let (store_peak, load_peak, both_peak) = bench.peaks()?;
     println!("contiguous 512 MiB: store {store_peak:.1}, load {load_peak:.1}, both {both_peak:.1} GB/s");
     driver_calls(&bench)?;
+    gaps(&bench, store_peak, load_peak)?;
     let start = Instant::now();
     let profile = GpuCopy::calibrate(&bench.device)?;
     println!("calibrated in {:?}: {profile:?}", start.elapsed());
@@ -229,8 +230,8 @@ fn submissions(bench: &Bench, profile: Profile, layout: &Layout, arena: &Arc<Are
     let stream = Stream::new(&bench.device, Priority::Low)?;
     let ways = [Some(Method::Kernel), Some(Method::Staged), None];
     for (method, mib) in ways.into_iter().flat_map(|method| [32usize, 128].map(|mib| (method, mib))) {
-        let copies = engine(bench, profile, method, |options| options.flight_bytes = mib << 20)?;
-        print!("{:>8}  flights of {mib} MiB: submitted 4,096 fragments in", method.map_or("auto", Method::name));
+        let copies = engine(bench, profile, method, |options| options.first_bytes = mib << 20)?;
+        print!("{:>8}  first {mib} MiB at once: submitted 4,096 fragments in", method.map_or("auto", Method::name));
         for direction in [Direction::Store, Direction::Load] {
             let mut times = Vec::new();
             for _ in 0..50 {
@@ -284,6 +285,35 @@ fn driver_calls(bench: &Bench) -> Result<()> {
         "driver calls, us: event {create:.1}, table of 16 KiB {table:.1}, record {record:.1}, copy of 2 MiB {copy:.1}, \
          63 more {copies:.1}"
     );
+    Ok(())
+}
+
+/// Copies of 2 MiB one after the other, on several streams: what the copy engine leaves of the link between two of them.
+fn gaps(bench: &Bench, store_peak: f64, load_peak: f64) -> Result<()> {
+    let (host, there) = (bench.memory.as_ref().expect("not cut").addr().as_ptr() as usize, bench.region.addr());
+    for count in [1usize, 2, 3] {
+        let streams: Vec<_> = (0..count).map(|_| Stream::new(&bench.device, Priority::High)).collect::<Result<_>>()?;
+        let ends: Vec<_> = (0..count).map(|_| Event::new(&bench.device)).collect::<Result<_>>()?;
+        print!("512 copies of 2 MiB on {count} streams:");
+        for (name, peak, up) in [("store", store_peak, false), ("load", load_peak, true)] {
+            let rate = speed(RUNS, 512 * 2 * MIB, || {
+                let start = Instant::now();
+                for index in 0..512 {
+                    let spread = (index * 7919) % 512 * 2 * MIB;
+                    let (to, from) = if up { (there + spread, host + spread) } else { (host + spread, there + spread) };
+                    // SAFETY: in bounds of pinned and device memory that nothing else uses.
+                    unsafe { bench.device.copy(streams[index % count].raw(), to, from, 2 * MIB)? };
+                }
+                for (stream, end) in streams.iter().zip(&ends) {
+                    end.record(stream.raw())?;
+                }
+                ends.iter().try_for_each(Event::synchronize)?;
+                Ok(start.elapsed())
+            })?;
+            print!("  {name} {rate:.1} ({:.3})", rate / peak);
+        }
+        println!();
+    }
     Ok(())
 }
 

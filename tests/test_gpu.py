@@ -173,7 +173,7 @@ def test_loads_in_the_background_arrive(engine, cuda):
 @pytest.mark.parametrize("size", [1, 3, 16, 33])
 def test_a_hundred_thousand_pages_of_odd_sizes(make_engine, cuda, size):
     count = 100_000
-    engine = make_engine("64MiB", device="cuda", eviction_watermark=1.0)
+    engine = make_engine("512MiB", device="cuda", eviction_watermark=1.0)
     memory = cuda.randint(0, 256, (count * (size + 2) + 7,), dtype=cuda.uint8, device="cuda")
     source = memory[5 : 5 + count * (size + 2)].view(count, size + 2)[:, 1 : size + 1]
     before = source.clone()

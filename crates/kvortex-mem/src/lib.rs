@@ -56,6 +56,7 @@ pub mod device_pool;
 pub mod device_suite;
 pub mod error;
 pub mod map;
+pub mod marks;
 pub mod numa;
 pub mod pin;
 pub mod pool;

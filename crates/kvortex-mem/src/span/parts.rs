@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use crate::device::{Event, RawStream};
+use crate::device::RawStream;
 use crate::error::MemError;
+use crate::marks::Mark;
 use crate::sync::{Arc, Mutex};
 
 /// The parts of one load: consecutive ranges of its pages' bytes, one for each layer, say. For one load only.
@@ -16,7 +17,7 @@ pub struct Parts {
 #[derive(Debug, Default)]
 struct Progress {
     /// One for each part that the device was given.
-    events: Vec<Arc<Event>>,
+    marks: Vec<Arc<Mark>>,
     /// What kept the rest from being given to the device.
     failure: Option<String>,
 }
@@ -52,10 +53,10 @@ impl Parts {
     /// does not wait.
     pub fn hold(&self, index: usize, stream: RawStream) -> Result<(), MemError> {
         let passed = self.passed.lock();
-        match (passed.events.get(index), &passed.failure) {
-            (Some(event), _) => event.hold(stream),
+        match (passed.marks.get(index), &passed.failure) {
+            (Some(mark), _) => mark.hold(stream),
             (None, Some(why)) => Err(MemError::CopyFailed(why.clone())),
-            (None, None) => Err(MemError::OutOfRange { what: "part", index, count: passed.events.len() }),
+            (None, None) => Err(MemError::OutOfRange { what: "part", index, count: passed.marks.len() }),
         }
     }
 
@@ -74,8 +75,8 @@ impl Parts {
         Ok(starts.zip(self.ends.iter().copied()).map(|(start, end)| start..end).collect())
     }
 
-    pub(crate) fn push(&self, event: Arc<Event>) {
-        self.passed.lock().events.push(event);
+    pub(crate) fn push(&self, mark: Arc<Mark>) {
+        self.passed.lock().marks.push(mark);
     }
 
     pub(crate) fn fail(&self, why: &MemError) {

@@ -8,7 +8,7 @@ use super::pilot::{Pilot, Started};
 use crate::copy::job::guarded;
 use crate::copy::scoreboard::{Access, Scoreboard, Use};
 use crate::copy::{Done, Transfer};
-use crate::device::{Event, RawStream};
+use crate::device::RawStream;
 use crate::error::MemError;
 use crate::span::Pages;
 use crate::sync::Arc;
@@ -89,7 +89,7 @@ impl Control {
         let order = transfer.pages().order();
         let awaited = order.stream.filter(|_| lane == Lane::Load && order.parts.is_none());
         let at_once = awaited.is_some() || order.parts.is_some();
-        let after = order.stream.map(|stream| self.mark(stream)).transpose()?;
+        let after = order.stream.map(|stream| self.pilot.marks.mark(stream)).transpose()?;
         let access = Access::of(transfer.pages(), transfer.steps().iter().map(|step| step.page as usize));
         let how = if lane == Lane::Store { Use::Reads } else { Use::Writes };
         let (id, earlier) = (self.next, self.scoreboard.before(&access, how));
@@ -103,8 +103,8 @@ impl Control {
         if at_once {
             self.start_through(id);
         } else if self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options) && self.lost.is_none() {
-            // One flight at most: the poller sees to the rest, so that nobody waits for a device that has enough to do.
-            self.start_next(lane);
+            // A short flight at most: the poller sees to the rest while the device has enough to do.
+            self.start_next(lane, self.pilot.options.first_bytes.min(lane.flight_bytes(&self.pilot.options)));
         }
         match awaited.map_or(Ok(()), |stream| self.hold(stream, id)) {
             Ok(()) => Ok(id),
@@ -126,12 +126,6 @@ impl Control {
         Ok(())
     }
 
-    fn mark(&self, stream: RawStream) -> Result<Arc<Event>, MemError> {
-        let event = Event::new(&self.pilot.device)?;
-        event.record(stream)?;
-        Ok(Arc::new(event))
-    }
-
     fn hold(&self, stream: RawStream, id: u64) -> Result<(), MemError> {
         let ends = self.requests.get(&id).map_or(&[][..], |request| &request.ends);
         ends.iter().try_for_each(|event| event.hold(stream))
@@ -149,7 +143,7 @@ impl Control {
             && self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options)
             && self.lost.is_none()
         {
-            self.start_next(lane);
+            self.start_next(lane, lane.flight_bytes(&self.pilot.options));
         }
     }
 
@@ -160,29 +154,25 @@ impl Control {
             if self.lost.is_some() {
                 return;
             }
-            self.start_next(lane);
+            self.start_next(lane, lane.flight_bytes(&self.pilot.options));
         }
     }
 
-    /// Starts the next flight of a lane that has something waiting, after what it must come after: only requests with smaller
+    /// Starts the next flight of a lane that has something waiting, of `most` bytes if its pages allow, after what it must come after: only requests with smaller
     /// numbers, so that this ends.
-    fn start_next(&mut self, lane: Lane) {
+    fn start_next(&mut self, lane: Lane, most: usize) {
         let first = self.queues[lane as usize].waiting[0];
         let earlier = self.requests[&first].earlier.clone();
         earlier.into_iter().for_each(|id| self.start_through(id));
         if self.lost.is_some() {
             return;
         }
-        let ids = self.next_flight(lane);
+        let ids = self.next_flight(lane, most);
         self.gather_events(&ids);
         let loads: Vec<Load<'_>> = ids
             .iter()
             .map(|id| &self.requests[id])
-            .map(|request| Load {
-                transfer: &request.transfer,
-                steps: request.next_steps(&self.pilot.options),
-                after: &request.after,
-            })
+            .map(|request| Load { transfer: &request.transfer, steps: request.next_steps(most), after: &request.after })
             .collect();
         let steps: Vec<usize> = loads.iter().map(|load| load.steps.end).collect();
         let started = self.pilot.start(&loads);
@@ -191,7 +181,7 @@ impl Control {
     }
 
     /// The requests that go together: as many as fit, as long as none waits for another that has not started.
-    fn next_flight(&self, lane: Lane) -> Vec<u64> {
+    fn next_flight(&self, lane: Lane, most: usize) -> Vec<u64> {
         let waiting = &self.queues[lane as usize].waiting;
         let mut ids = vec![waiting[0]];
         let mut bytes = self.requests[&waiting[0]].transfer.bytes();
@@ -202,7 +192,7 @@ impl Control {
             let request = &self.requests[id];
             bytes = bytes.saturating_add(request.transfer.bytes());
             let waits = |earlier: &u64| self.requests.get(earlier).is_some_and(|request| !request.is_started());
-            if bytes > lane.flight_bytes(&self.pilot.options) || request.earlier.iter().any(waits) {
+            if bytes > most || request.earlier.iter().any(waits) {
                 break;
             }
             ids.push(*id);

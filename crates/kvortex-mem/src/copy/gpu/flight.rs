@@ -7,8 +7,8 @@ use super::GpuOptions;
 use super::pilot::Started;
 use super::stock::TableMemory;
 use crate::copy::{Direction, Done, Transfer};
-use crate::device::Event;
 use crate::error::MemError;
+use crate::marks::Mark;
 use crate::span::Parts;
 use crate::sync::Arc;
 
@@ -17,7 +17,7 @@ pub(super) struct Load<'a> {
     pub(super) transfer: &'a Transfer,
     pub(super) steps: Range<usize>,
     /// What must have passed before the pages are touched.
-    pub(super) after: &'a [Arc<Event>],
+    pub(super) after: &'a [Arc<Mark>],
 }
 
 impl Load<'_> {
@@ -81,11 +81,11 @@ pub(super) struct Request {
     /// Earlier requests that must be given to the device before this one.
     pub(super) earlier: Vec<u64>,
     /// What must have passed before the pages are touched.
-    pub(super) after: Vec<Arc<Event>>,
+    pub(super) after: Vec<Arc<Mark>>,
     /// Steps that were given to the device.
     pub(super) started: usize,
     /// What the flights of this request end with; complete once all steps were given to the device.
-    pub(super) ends: Vec<Arc<Event>>,
+    pub(super) ends: Vec<Arc<Mark>>,
     pub(super) failure: Option<Failure>,
 }
 
@@ -97,13 +97,14 @@ impl Request {
         self.started == self.transfer.steps().len() || self.failure.is_some()
     }
 
-    /// The steps that go next: as many as fit a flight, but at least one. All of them if the load is awaited part by part.
-    pub(super) fn next_steps(&self, options: &GpuOptions) -> Range<usize> {
+    /// The steps that go next: as many as fit into `most` bytes, but at least one. All of them if the load is awaited part by
+    /// part.
+    pub(super) fn next_steps(&self, most: usize) -> Range<usize> {
         let all = self.transfer.steps().len();
         if self.transfer.pages().order().parts.is_some() {
             return self.started..all;
         }
-        let count = (self.lane.flight_bytes(options) / self.transfer.pages().page_bytes().max(1)).max(1);
+        let count = (most / self.transfer.pages().page_bytes().max(1)).max(1);
         self.started..all.min(self.started + count)
     }
 }
@@ -112,7 +113,7 @@ impl Request {
 pub(super) struct Flight {
     /// The requests whose last steps it carries.
     pub(super) last_of: Vec<u64>,
-    pub(super) ends: Vec<Arc<Event>>,
+    pub(super) ends: Vec<Arc<Mark>>,
     pub(super) tables: Option<TableMemory>,
 }
 

@@ -48,7 +48,9 @@ pub struct GpuOptions {
     pub blocks: u32,
     /// The most bytes that the device is given of stores, or of loads, in one go; the poller gives it the next.
     pub flight_bytes: usize,
-    /// The same for loads in the background, which others overtake between two goes.
+    /// The most of the first go, which the submitting thread sees to by itself.
+    pub first_bytes: usize,
+    /// The most of one go of loads in the background, which others overtake between two goes.
     pub background_bytes: usize,
 }
 
@@ -60,6 +62,7 @@ impl Default for GpuOptions {
             staging_bytes: 32 << 20,
             blocks: 16,
             flight_bytes: 128 << 20,
+            first_bytes: 32 << 20,
             background_bytes: 16 << 20,
         }
     }

@@ -10,16 +10,18 @@ use super::program::{self, Halves, Op, Program, Task};
 use super::stock::{Stock, TableMemory};
 use super::streams::{Role, Streams};
 use crate::copy::{Direction, Transfer};
-use crate::device::{Device, Event, Launch, Row};
+use crate::device::{Device, Launch, Row};
 use crate::device_pool::{DevicePoolOptions, GpuAsyncPool};
 use crate::error::MemError;
 use crate::map::Pinned;
+use crate::marks::{Mark, Marks};
 use crate::pool::Allocation;
 use crate::sync::Arc;
 
 /// The device's side of an engine: streams, staging and tables. Used under the engine's lock.
 pub(super) struct Pilot {
     pub(super) device: Arc<dyn Device>,
+    pub(super) marks: Marks,
     streams: Streams,
     stock: Stock,
     /// What staging is taken from.
@@ -46,7 +48,7 @@ const STAGING_AGAIN: Duration = Duration::from_secs(1);
 /// What is in the air after a flight was given to the device, wholly or not.
 pub(super) struct Started {
     /// All have passed when nothing of the flight runs any more.
-    pub(super) ends: Vec<Arc<Event>>,
+    pub(super) ends: Vec<Arc<Mark>>,
     pub(super) tables: Option<TableMemory>,
     /// What kept the flight, or its rest, from being given to the device.
     pub(super) failure: Option<MemError>,
@@ -60,7 +62,17 @@ impl Pilot {
         let streams = Streams::new(&device, options.streams)?;
         let stock = Stock::new(&device)?;
         let pool = GpuAsyncPool::new(&device, DevicePoolOptions { capacity_bytes: None, keep_bytes: 0 })?;
-        Ok(Pilot { device, streams, stock, pool, staging: [None, None], refused: None, options, profile })
+        Ok(Pilot {
+            marks: Marks::new(&device),
+            device,
+            streams,
+            stock,
+            pool,
+            staging: [None, None],
+            refused: None,
+            options,
+            profile,
+        })
     }
 
     pub(super) fn land(&mut self, tables: Option<TableMemory>) {
@@ -88,14 +100,8 @@ impl Pilot {
         }
     }
 
-    fn mark(&self, roles: &[Role]) -> Result<Vec<Arc<Event>>, MemError> {
-        roles.iter().map(|&role| self.mark_one(role)).collect()
-    }
-
-    fn mark_one(&self, role: Role) -> Result<Arc<Event>, MemError> {
-        let event = Event::new(&self.device)?;
-        event.record(self.streams.raw(role))?;
-        Ok(Arc::new(event))
+    fn mark(&self, roles: &[Role]) -> Result<Vec<Arc<Mark>>, MemError> {
+        roles.iter().map(|&role| self.marks.mark(self.streams.raw(role))).collect()
     }
 
     fn task<'a>(&mut self, load: &Load<'a>) -> Task<'a> {
@@ -225,7 +231,13 @@ impl Pilot {
             Op::Order { first, then } => self.streams.order(first, then),
             Op::Claim { on, half } => self.streams.drained(on, half).hold(self.streams.raw(on)),
             Op::Release { on, half } => self.streams.drained(on, half).record(self.streams.raw(on)),
-            Op::Part { on } => self.mark_one(on).map(|event| load.parts().map_or((), |parts| parts.push(event))),
+            Op::Part { on } => {
+                let mark = self.marks.mark(self.streams.raw(on))?;
+                if let Some(parts) = load.parts() {
+                    parts.push(mark);
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -30,8 +30,14 @@ struct Bench {
 
 /// Everything is small, so that transfers take several flights and buffers.
 fn options(method: Option<Method>) -> GpuOptions {
-    let (staging_bytes, flight_bytes, background_bytes) = (64 << 10, 256 << 10, 128 << 10);
-    GpuOptions { method, staging_bytes, flight_bytes, background_bytes, ..GpuOptions::default() }
+    GpuOptions {
+        method,
+        staging_bytes: 64 << 10,
+        flight_bytes: 256 << 10,
+        first_bytes: 128 << 10,
+        background_bytes: 128 << 10,
+        ..GpuOptions::default()
+    }
 }
 
 impl Bench {

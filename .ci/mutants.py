@@ -90,6 +90,72 @@ DEFECTS = [
         "self.freed.insert(offset);",
         "",
     ),
+    Defect(
+        "a load does not wait for the store that reads its pages",
+        "crates/kvortex-mem/src/copy/gpu/control.rs",
+        "let (id, earlier) = (self.next, self.scoreboard.before(&access, how));",
+        "let (id, earlier) = (self.next, Vec::new());",
+    ),
+    Defect(
+        "a save does not wait for what its stream computes",
+        "crates/kvortex-mem/src/copy/gpu/pilot.rs",
+        "load.after.iter().try_for_each(|event| event.hold(self.streams.raw(task.page_role())))",
+        "load.after.iter().take(0).try_for_each(|event| event.hold(self.streams.raw(task.page_role())))",
+    ),
+    Defect(
+        "a fence lets streams pass",
+        "crates/kvortex-mem/src/copy/gpu/control.rs",
+        "            self.start_through(id);\n            self.hold(stream, id)?;\n",
+        "            self.start_through(id);\n",
+    ),
+    Defect(
+        "a transfer ends with its last flight",
+        "crates/kvortex-mem/src/copy/gpu/control.rs",
+        "request.ends.extend(started.ends.iter().cloned());",
+        "request.ends = started.ends.clone();",
+    ),
+    Defect(
+        "the slots of a load that failed halfway are let go at once",
+        "crates/kvortex-mem/src/copy/gpu/pilot.rs",
+        "[task.slot_role(), task.page_role()]",
+        "[task.page_role()]",
+    ),
+    Defect(
+        "a staging buffer is filled again before it was drained",
+        "crates/kvortex-mem/src/copy/gpu/program.rs",
+        "            self.ops.push(Op::Claim { on: first, half });\n",
+        "",
+    ),
+    Defect(
+        "what was under way on a lost device counts as done",
+        "crates/kvortex-mem/src/copy/gpu/control.rs",
+        "(Some(cause), _) => Err(MemError::DeviceLost { cause: cause.to_owned() }),",
+        "(Some(_), _) => Ok(()),",
+    ),
+    Defect(
+        "a failed copy counts as loaded",
+        "crates/kvortex-mem/src/copy/gpu/control.rs",
+        "(None, Some(failure)) => Err(MemError::CopyFailed(failure.to_string())),",
+        "(None, Some(_)) => Ok(()),",
+    ),
+    Defect(
+        "memory of a device pool is given back twice",
+        "crates/kvortex-mem/src/device_pool.rs",
+        "self.freed.insert(addr);",
+        "",
+    ),
+    Defect(
+        "a save whose load failed becomes visible",
+        "crates/kvortex/src/flight.rs",
+        "this.arrive(if ok { Ok(()) } else { Err(broken()) })",
+        "this.arrive(if ok || true { Ok(()) } else { Err(broken()) })",
+    ),
+    Defect(
+        "the profile of another link is believed",
+        "crates/kvortex/src/profile.rs",
+        "(told == (TITLE, identity) && lines.next().is_none())",
+        "(told.0 == TITLE && lines.next().is_none())",
+    ),
 ]
 
 

@@ -273,7 +273,8 @@ fn wrong(rounds: usize, right: impl Fn(usize) -> bool) -> usize {
 #[test]
 #[ignore = "needs a GPU"]
 fn order_holds_with_barriers_and_breaks_without() {
-    for method in Method::ALL {
+    let only = std::env::var("KVORTEX_ORDER_METHOD").ok().filter(|name| !name.is_empty());
+    for method in Method::ALL.into_iter().filter(|method| only.as_deref().is_none_or(|only| only == method.name())) {
         let bench = Bench::new(Some(method));
         for (name, broken, kept) in [
             (

@@ -235,3 +235,11 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert demo.cache_folder() == tmp_path / ".cache/kvortex"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda1", "none", ""])
+def test_a_device_that_cannot_be_meant(device, capsys):
+    with pytest.raises(SystemExit) as left:
+        run("--random", "--device", device)
+    assert left.value.code == 2
+    assert "is none of cpu, cuda, cuda:1" in capsys.readouterr().err

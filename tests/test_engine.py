@@ -376,3 +376,7 @@ def test_nobody_makes_results_by_hand():
     for name in ("KVortexEngine", "Report", "BlockMask", "Ticket", "Lease", "Block", "PinnedBuffer"):
         with pytest.raises(TypeError):
             getattr(kvortex, name)()
+
+
+def test_an_engine_says_which_device_it_reaches(make_engine):
+    assert make_engine(device="none").device == "none"

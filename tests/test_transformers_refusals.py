@@ -1,5 +1,7 @@
 """What the prefix cache cannot do right is refused by name, and the model stays as it was."""
 
+import types
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -233,3 +235,18 @@ def test_a_model_that_becomes_one(engine):
         model.model.layers[0].self_attn.q_proj = linear(64, 64, bias=False).eval()
         with pytest.raises(kvortex.UnsupportedError, match="PEFT"):
             model.generate(text(50), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("place", "reach", "said"),
+    [
+        ("cuda:0", "none", "create the engine with device='cuda:0'"),
+        ("cuda:1", "cuda:0", "create the engine with device='cuda:1'"),
+        ("mps", "none", "a model on mps:0"),
+    ],
+)
+def test_a_model_beyond_the_reach_of_its_engine(place, reach, said):
+    model, engine = (types.SimpleNamespace(device=where) for where in (torch.device(place), reach))
+    with pytest.raises(kvortex.UnsupportedError, match=said):
+        kvortex.transformers._refuse_place(model, engine)
+    kvortex.transformers._refuse_place(types.SimpleNamespace(device=torch.device("cpu")), engine)

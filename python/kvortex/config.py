@@ -260,14 +260,15 @@ KNOBS = {
         lambda: 4,
         "4",
         "streams",
-        "CUDA streams for copies: 2 part saves from loads, 3 and 4 their staging too.",
+        "CUDA streams for copies: 2 part saves from loads, 4 their staging too; 3 share one for it.",
     ),
     "staging_bytes": Knob(
         _parse_staging,
         lambda: 32 << 20,
         "32 MiB",
         "bytes",
-        "One of up to four buffers in the GPU's memory, made when staged copies first need them.",
+        "One of up to four buffers in the GPU's memory, taken when staged copies first need them; without that memory "
+        "copies go another way.",
     ),
     "namespace": Knob(
         _parse_text,

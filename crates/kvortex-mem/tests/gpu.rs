@@ -1,6 +1,11 @@
 //! Copies on a real GPU: the suite of the copy engines, and the order against a stream that somebody else uses.
 //!
 //! Ignored, since most machines have none: `.ci/gpu` runs them where there is one.
+#![allow(
+    clippy::unwrap_used,
+    clippy::mut_from_ref,
+    reason = "a test that cannot go on should panic; slots are raw memory"
+)]
 
 use std::ptr::NonNull;
 use std::sync::{Arc, mpsc};

@@ -171,6 +171,11 @@ fn large() -> Vec<Layout> {
         layout("pages of three fragments and more than a grain", &[20 * MIB, 4096], pieces),
         layout("many pages for many threads", &[11 * MIB], vec![many]),
         layout("layers outside pages", &[60 * 40 * 4096], vec![rows]),
+        layout(
+            "fragments of 8 MiB",
+            &[16 * MIB + 20],
+            vec![part(8 * MIB + 3, &[], &[], at(0, 5, (8 * MIB) as isize + 7, 2))],
+        ),
     ]
 }
 

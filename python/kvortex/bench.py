@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import kvortex
 from kvortex.config import KVortexConfig, parse_size
@@ -22,9 +22,6 @@ BLOCK_BYTES = 2 << 20
 FRAGMENTS = "16KiB,32KiB,64KiB,256KiB,1MiB,2MiB"
 METHODS = ("auto", "dma", "kernel", "staged")
 _GB = 1e9
-
-# An action of the table, and its bytes: what is timed, and what puts it back for the next run.
-_Timed: TypeAlias = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -155,12 +152,10 @@ class Rig(ExitStack):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._memory: Any
         if self.device == "none":
-            pool: Any = kvortex.PinnedHostPool(self._bytes, device="none")
+            self._memory: Any = kvortex.PinnedHostPool(self._bytes, device="none").allocate(self._bytes)
         else:
-            pool = kvortex.GpuAsyncPool(self.device)
-        self._memory = pool.allocate(self._bytes)
+            self._memory = kvortex.GpuAsyncPool(self.device).allocate(self._bytes)
         self.callback(self._memory.free)
         return self
 
@@ -184,25 +179,21 @@ class Rig(ExitStack):
     def pages(self, fragment: int) -> tuple[Any, Any]:
         """Two lots of blocks, each in shuffled order, whose fragments lie in tensors of their own."""
         count = 2 * self.blocks
-        cache = kvortex.PagedCache([self._tensor(at, fragment) for at in range(0, self._bytes, count * fragment)])
+        starts = range(0, self._bytes, count * fragment)
+        cache = kvortex.PagedCache([self._tensor(start, (count, fragment)) for start in starts])
         order = random.Random(1).sample(range(count), count)  # noqa: S311 - an order, no secret
         return cache.blocks(order[: self.blocks]), cache.blocks(order[self.blocks :])
 
-    def _tensor(self, offset: int, fragment: int) -> kvortex.RawTensor:
+    def _tensor(self, offset: int, shape: tuple[int, int]) -> kvortex.RawTensor:
         place = "cpu" if self.device == "none" else self.device
-        shape = (2 * self.blocks, fragment)
         return kvortex.RawTensor(self._memory.address + offset, shape, device=place, owner=self._memory)
 
     def contiguous(self) -> Rates:
         """One block that is all the bytes of a lot, in one piece."""
         size = self.blocks * BLOCK_BYTES
-        cache = kvortex.PagedCache(self._tensor_of(size))
+        cache = kvortex.PagedCache(self._tensor(0, (2, size)))
         with self.engines("host" if self.device == "none" else "dma", size) as (saving, loading):
             return self.rates(saving, loading, (cache.blocks([0]), cache.blocks([1])))
-
-    def _tensor_of(self, size: int) -> kvortex.RawTensor:
-        place = "cpu" if self.device == "none" else self.device
-        return kvortex.RawTensor(self._memory.address, (2, size), device=place, owner=self._memory)
 
     def rates(self, saving: Any, loading: Any, lots: tuple[Any, Any]) -> Rates:
         """Medians of several runs after one that only warms up."""
@@ -234,7 +225,7 @@ class Rig(ExitStack):
 
         return Rates(size / self._median(save), size / self._median(load), 2 * size / self._median(both))
 
-    def _median(self, run: _Timed) -> float:
+    def _median(self, run: Callable[[], float]) -> float:
         run()
         return statistics.median(run() for _ in range(self.runs))
 

@@ -15,6 +15,10 @@ from test_dlpack import CUDA, CUDA_HOST, DlTensor, DlVersioned
 REFUSED = r"the memory is in memory of device 2, .*make the engine with device=\"cuda\", or pass memory of the CPU"
 
 
+# What capsules point to: nobody asks them whether their producer still lives.
+KEPT = []
+
+
 class OnDevice:
     """Says that 3 blocks of 8 bytes in host memory are on device 2. Counts how often its capsules were deleted."""
 
@@ -35,6 +39,7 @@ class OnDevice:
         managed = DlVersioned(major=1, tensor=tensor) if self.versioned else tensor
         end = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _capsule: setattr(self, "deleted", self.deleted + 1))
         self.made.append((sizes, managed, end))
+        KEPT.append(self.made)
         make = ctypes.pythonapi.PyCapsule_New
         make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         name = b"dltensor_versioned" if self.versioned else b"dltensor"

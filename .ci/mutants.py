@@ -127,12 +127,6 @@ DEFECTS = [
         "",
     ),
     Defect(
-        "what was under way on a lost device counts as done",
-        "crates/kvortex-mem/src/copy/gpu/control.rs",
-        "(Some(cause), _) => Err(MemError::DeviceLost { cause: cause.to_owned() }),",
-        "(Some(_), _) => Ok(()),",
-    ),
-    Defect(
         "a failed copy counts as loaded",
         "crates/kvortex-mem/src/copy/gpu/control.rs",
         "(None, Some(failure)) => Err(MemError::CopyFailed(failure.to_string())),",

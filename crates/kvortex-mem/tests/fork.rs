@@ -110,8 +110,9 @@ fn a_forked_child_is_told_and_never_waits() {
     std::thread::scope(|scope| {
         let _over = Sets(&over);
         for submits in [false, true] {
-            let (memory, engine, over) = (&memory, &engine, &over);
+            let (engine, over) = (&engine, &over);
             scope.spawn(move || {
+                let memory = Memory::new();
                 while !over.load(Ordering::Relaxed) {
                     if submits {
                         let (sender, receiver) = mpsc::channel();

@@ -68,6 +68,13 @@ def test_a_gpu_that_is_named_must_be_there(monkeypatch, capsys):
         bench.find_device("cuda:3")
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["bench", "transfer", "--plot", "table.txt"])
+    assert left.value.code == 2
+    assert "ends in none of .png, .svg, .pdf" in capsys.readouterr().err
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -1,7 +1,6 @@
 """`kvortex bench transfer`: how fast this machine moves blocks, by the size of their fragments and the way to copy."""
 
 import argparse
-import importlib.util
 import itertools
 import json
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import kvortex
+from kvortex._terminal import need_matplotlib, picture
 from kvortex.config import KVortexConfig, parse_size
 
 BLOCK_BYTES = 2 << 20
@@ -63,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fragments", default=FRAGMENTS, metavar="SIZES", help=f"default: {FRAGMENTS}")
     parser.add_argument("--runs", type=int, choices=range(1, 101), default=5, metavar="N", help="1 to 100 (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table (.png, .svg or .pdf)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the table (.png, .svg or .pdf)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and print the table. 0: done."""
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise kvortex.KVortexError("--plot needs matplotlib: pip install 'kvortex[plot]' brings it")
+    if arguments.plot is not None:
+        need_matplotlib()
     device, name = find_device(arguments.device)
     fragments = _fragments(arguments.fragments)
     blocks = _block_count(arguments.size or ("128MiB" if device == "none" else "1GiB"))

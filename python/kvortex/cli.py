@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import kvortex
+from kvortex._terminal import gib
 from kvortex.config import cgroup_limit, default_pool_size, physical_memory
 
 FAILED = 1
@@ -65,15 +66,11 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": str(len(os.sched_getaffinity(0))),
-        "memory": _gib(physical_memory()),
-        "cgroup limit": "none" if limit is None else _gib(limit),
-        "default pool": _gib(default_pool_size()),
+        "memory": gib(physical_memory()),
+        "cgroup limit": "none" if limit is None else gib(limit),
+        "default pool": gib(default_pool_size()),
         "huge pages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
     }
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _selected(path: str) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import kvortex
+from kvortex._terminal import need_matplotlib, picture
 
 QUESTIONS = (
     "What is the station's boat called?",
@@ -153,14 +154,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool-size", default="512MiB", metavar="SIZE", help="host memory for KV (default: 512MiB)")
     parser.add_argument("--questions", type=_count(len(QUESTIONS)), default=3, metavar="N", help="1 to 6 (default: 3)")
     parser.add_argument("--new-tokens", type=_count(512), default=20, metavar="N", help="per answer (default: 20)")
-    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the result (.png, .svg or .pdf)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the result (.png, .svg or .pdf)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo. 0: all answers identical and the document reused; 1: not so, and it says what differs."""
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise kvortex.KVortexError("--plot needs matplotlib: pip install 'kvortex[plot]' brings it")
+    if arguments.plot is not None:
+        need_matplotlib()
     say("KVortex demo: one document, several questions\n")
     device = "none" if arguments.device == "cpu" else arguments.device
     with kvortex.KVortexEngine.create(None, cpu_pool_size_bytes=arguments.pool_size, device=device) as engine:
@@ -196,13 +197,6 @@ def _device(text: str) -> str:
     if text != "cpu" and (name != "cuda" or not (number.isdecimal() or text == "cuda")):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:1")
     return text
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends in none of .png, .svg, .pdf")
-    return path
 
 
 def document() -> str:

@@ -137,6 +137,13 @@ impl HostMemory {
         }
     }
 
+    /// As [`pin`](HostMemory::pin), where memory that may not be page-locked is a warning: copies are then slow but right.
+    pub fn pin_or_warn(&mut self, device: &Arc<dyn Device>) {
+        if let Err(error) = self.pin(device) {
+            log::warn!("copies between this memory and {} will be slow: {error}", device.info().name);
+        }
+    }
+
     fn advise_huge_pages(&self) {
         // SAFETY: the range is this mapping; the advice changes no bytes.
         let rc = unsafe { libc::madvise(self.addr.as_ptr().cast(), self.len, libc::MADV_HUGEPAGE) };

@@ -92,10 +92,8 @@ fn pinned_pool(bytes: usize, alignment: usize, choice: DeviceChoice) -> Result<P
     let device = kvortex::open_device(choice)?;
     let numa_node = device.as_ref().and_then(|device| device.info().numa_node);
     let mut memory = HostMemory::map(&MapOptions { bytes, huge_pages: true, numa_node, touch_threads: TOUCH_THREADS })?;
-    if let Some(device) = device
-        && let Err(error) = memory.pin(&device)
-    {
-        log::warn!("copies between this pool and {} will be slow: {error}", device.info().name);
+    if let Some(device) = device {
+        memory.pin_or_warn(&device);
     }
     Ok(PinnedHostPool::new(memory, alignment)?)
 }

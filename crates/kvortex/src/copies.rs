@@ -47,9 +47,7 @@ pub(crate) fn serve(
 ) -> Result<Arc<dyn CopyEngine>> {
     let host = Arc::new(HostCopy::new(config.threads));
     let Some(device) = device else { return Ok(host) };
-    if let Err(error) = memory.pin(device) {
-        log::warn!("copies from and to {} will be slow: {error}", device.info().name);
-    }
+    memory.pin_or_warn(device);
     with_device(config, host, device)
 }
 

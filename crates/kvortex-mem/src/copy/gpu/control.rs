@@ -102,7 +102,7 @@ impl Control {
         self.queues[lane as usize].waiting.push_back(id);
         if at_once {
             self.start_through(id);
-        } else if self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options) && self.lost.is_none() {
+        } else if self.queues[lane as usize].flying.len() < lane.flights() && self.lost.is_none() {
             // A short flight at most: the poller sees to the rest while the device has enough to do.
             self.start_next(lane, self.pilot.options.first_bytes.min(lane.flight_bytes(&self.pilot.options)));
         }
@@ -140,7 +140,7 @@ impl Control {
     /// Starts waiting requests of `lane` while there is room in the air.
     fn fill(&mut self, lane: Lane) {
         while !self.queues[lane as usize].waiting.is_empty()
-            && self.queues[lane as usize].flying.len() < lane.flights(&self.pilot.options)
+            && self.queues[lane as usize].flying.len() < lane.flights()
             && self.lost.is_none()
         {
             self.start_next(lane, lane.flight_bytes(&self.pilot.options));
@@ -158,8 +158,8 @@ impl Control {
         }
     }
 
-    /// Starts the next flight of a lane that has something waiting, of `most` bytes if its pages allow, after what it must come after: only requests with smaller
-    /// numbers, so that this ends.
+    /// Starts the next flight of a lane that has something waiting, of at most `most` bytes unless its first page has more,
+    /// after what it must come after: only requests with smaller numbers, so that this ends.
     fn start_next(&mut self, lane: Lane, most: usize) {
         let first = self.queues[lane as usize].waiting[0];
         let earlier = self.requests[&first].earlier.clone();

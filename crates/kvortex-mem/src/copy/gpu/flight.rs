@@ -50,11 +50,10 @@ impl Lane {
     }
 
     /// Flights in the air at once; further requests wait, and are carried together.
-    pub(super) fn flights(self, options: &GpuOptions) -> usize {
+    pub(super) fn flights(self) -> usize {
         match self {
             Lane::Load => 8,
-            Lane::Store => (AIRBORNE_BYTES / options.flight_bytes.max(1)).clamp(2, 8),
-            Lane::Background => 2,
+            Lane::Store | Lane::Background => 2,
         }
     }
 
@@ -66,9 +65,6 @@ impl Lane {
         }
     }
 }
-
-/// What the device is given of stores before some of it has ended.
-const AIRBORNE_BYTES: usize = 256 << 20;
 
 /// The most requests of one flight.
 pub(super) const FLIGHT_REQUESTS: usize = 32;

@@ -155,9 +155,9 @@ def test_the_current_stream_of_torch(engine, monkeypatch, used):
     assert asked == [2] * used
 
 
-def test_a_fence_and_parts_are_for_memory_of_a_gpu(engine):
+def test_the_order_of_streams_and_parts_are_for_memory_of_a_gpu(engine):
     host = np.zeros((3, 8), np.uint8)
-    with pytest.raises(kvortex.UnsupportedError, match="wait for the tickets of copies of host memory"):
+    with pytest.raises(kvortex.InvalidArgumentError, match="the blocks are in host memory: pass stream=None"):
         engine.fence(host, stream=0)
     for blocks in (
         raw(),

@@ -39,6 +39,8 @@ __all__ = [
     "PinnedHostPool",
     "PoolError",
     "PoolExhaustedError",
+    "RankMover",
+    "RankPlanner",
     "RawTensor",
     "Report",
     "Segments",
@@ -232,8 +234,7 @@ class KVortexEngine:
     def fence(self, blocks: _Blocks, *, stream: _Stream = None) -> None:
         """Makes what ``stream`` is given from now on wait for every unfinished copy that reads or writes ``blocks``.
 
-        For GPU memory that is about to be written. The host does not wait. Raises UnsupportedError for host memory,
-        whose copies are waited for by their tickets.
+        For memory that is about to be written. The host waits for copies of host memory, and for no others.
         """
 
     def wait(self, ticket: Ticket, timeout_ms: int | None = None) -> Report:
@@ -685,3 +686,106 @@ class PinnedBuffer(HostView):
 
     def free(self) -> None:
         """Gives the memory back now. Raises DoubleFreeError the second time, InvalidArgumentError while views exist."""
+
+@final
+class RankPlanner:
+    """Decides what the ranks of one engine load and store, in this process or in others.
+
+    Every plan must reach every rank's ``RankMover`` once, in the order of tickets. What came of it the planner learns
+    by itself, through memory that the processes share; a block is visible only once every storing rank has it.
+
+    Args:
+        engine_id: names the engine to its processes; one planner and one mover for each rank.
+        ranks: how many.
+        cpu_pool_size_bytes: of each rank.
+        block_size_bytes: bytes of one block on one rank.
+        namespace: as for ``KVortexEngine.bind``; each rank must have the same.
+        storing_ranks: only the first so many store; all by default.
+        eviction_watermark: as in KVortexConfig.
+        eviction_ratio: as in KVortexConfig.
+    """
+
+    def __new__(
+        cls,
+        engine_id: str,
+        ranks: int,
+        *,
+        cpu_pool_size_bytes: int,
+        block_size_bytes: int,
+        namespace: Namespace | bytes,
+        storing_ranks: int | None = None,
+        eviction_watermark: float = 0.8,
+        eviction_ratio: float = 0.2,
+    ) -> Self: ...
+    def ready(self) -> bool:
+        """Whether every rank is there; nothing must be promised before. Raises when one has another configuration."""
+
+    def lease_prefix(self, keys: _Keys) -> Lease:
+        """Leases the longest prefix that is there."""
+
+    def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:
+        """Plans to load the blocks of ``lease``, which is used up: ticket, and packed slots of 32 bits."""
+
+    def plan_store(self, keys: _Keys, rests_on: Sequence[int] = ()) -> tuple[int, bytes, bytes] | None:
+        """Plans to store what is not there: ticket, packed positions among ``keys``, packed slots. None for nothing.
+
+        The blocks become visible once the loads ``rests_on``, and all loads inside steps, have succeeded as well.
+        """
+
+    def poll(self) -> list[tuple[int, bool]]:
+        """Makes visible what was stored. Loads that have ended on every rank since: ticket, whether it succeeded."""
+
+    def reset(self) -> int:
+        """Forgets every block, those being stored too, and returns how many there were."""
+
+    def get_stats(self) -> dict[str, int]:
+        """capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes."""
+
+@final
+class RankMover:
+    """The memory and the copies of one rank. Plans must be passed in the order of their tickets.
+
+    ``config.cpu_pool_size_bytes`` is this rank's; the rest as for ``RankPlanner``.
+    """
+
+    def __new__(
+        cls,
+        config: KVortexConfig,
+        engine_id: str,
+        ranks: int,
+        rank: int,
+        *,
+        block_size_bytes: int,
+        namespace: Namespace | bytes,
+    ) -> Self: ...
+    def store(self, ticket: int, slots: bytes, blocks: PagedBlocks) -> None:
+        """Starts to store ``blocks`` into ``slots``, after what torch's current stream was given so far."""
+
+    def load(self, ticket: int, slots: bytes, blocks: PagedBlocks, *, parts: Parts | None = None) -> None:
+        """Loads ``blocks`` from ``slots``: before what torch's current stream is given next; host memory is waited for.
+
+        What fails at once is tried once more before TransferError.
+        """
+
+    def load_later(self, ticket: int, slots: bytes, blocks: PagedBlocks) -> None:
+        """Starts to load ``blocks`` from ``slots`` in the background."""
+
+    def fence(self, blocks: PagedBlocks) -> None:
+        """As ``KVortexEngine.fence``, for torch's current stream."""
+
+    def ended_loads(self) -> list[tuple[int, bool]]:
+        """The loads that have ended since the last call: ticket, and whether it succeeded."""
+
+    def ended_later(self) -> list[tuple[int, bool]]:
+        """As ``ended_loads``, of those in the background."""
+
+    def shutdown(self, timeout_ms: int = 5000) -> bool:
+        """Refuses new copies and waits for those under way; whether all ended in time."""
+
+    @property
+    def device(self) -> str:
+        """The GPU whose memory can be passed, "cuda:0" say; "none" without one."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the memory is page-locked."""

@@ -14,6 +14,14 @@ pub enum MemError {
         /// What the system said.
         source: io::Error,
     },
+    /// The file through which processes share words cannot be used.
+    #[error("{path} cannot be shared between processes: {cause}; remove it if nobody uses it")]
+    Shared {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        cause: io::Error,
+    },
     /// More memory was asked for than the machine, or the control group of this process, has left.
     #[error(
         "{bytes} bytes of host memory asked for, but only {available} are available here (RAM and control-group limit); \

@@ -9,6 +9,7 @@
 //! * [`device_pool::GpuAsyncPool`] gives out memory of a GPU in the order of its streams.
 //! * [`span::Pages`] describes the scattered memory of an engine without listing its fragments.
 //! * [`copy::CopyEngine`] moves bytes between the two.
+//! * [`board::LaneBoard`] tells which copies have ended, also to other processes ([`shared::SharedWords`]).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -47,6 +48,7 @@
 //! ```
 
 pub mod arena;
+pub mod board;
 pub mod copy;
 #[cfg(not(shuttle))]
 pub mod cuda;
@@ -60,6 +62,7 @@ pub mod marks;
 pub mod numa;
 pub mod pin;
 pub mod pool;
+pub mod shared;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod sim;
 pub mod slots;

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList};
 
 use crate::dlpack::{HostView, Lent, Place};
-use crate::errors::entry;
+use crate::errors::{entry, invalid};
 
 /// One bit per key of the call.
 #[pyclass(name = "BlockMask", frozen, eq, module = "kvortex")]
@@ -136,16 +136,36 @@ impl PyTicket {
 #[pyclass(name = "Lease", frozen, module = "kvortex")]
 pub(crate) struct PyLease {
     blocks: usize,
-    leased: Mutex<Option<LeasedBlocks>>,
+    held: Mutex<Option<Held>>,
+}
+
+/// Of an engine, or of a planner of ranks.
+enum Held {
+    Engine { _leased: LeasedBlocks },
+    Ranks(kvortex::Lease),
 }
 
 impl PyLease {
     pub(crate) fn new(leased: LeasedBlocks) -> Self {
-        Self { blocks: leased.len(), leased: Mutex::new(Some(leased)) }
+        Self { blocks: leased.len(), held: Mutex::new(Some(Held::Engine { _leased: leased })) }
     }
 
-    fn take(&self) -> Option<LeasedBlocks> {
-        self.leased.lock().unwrap_or_else(PoisonError::into_inner).take()
+    pub(crate) fn of_ranks(lease: kvortex::Lease) -> Self {
+        Self { blocks: lease.len(), held: Mutex::new(Some(Held::Ranks(lease))) }
+    }
+
+    /// The lease of a planner of ranks, which this object then has no more.
+    pub(crate) fn take_ranks(&self) -> PyResult<kvortex::Lease> {
+        match self.take() {
+            Some(Held::Ranks(lease)) => Ok(lease),
+            _ => {
+                Err(invalid("the lease has ended or is another's: pass one that lease_prefix of this planner returned"))
+            }
+        }
+    }
+
+    fn take(&self) -> Option<Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -159,8 +179,8 @@ impl PyLease {
     /// Ends the lease. Doing it again changes nothing.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         entry(py, || {
-            let leased = self.take();
-            py.detach(|| drop(leased));
+            let held = self.take();
+            py.detach(|| drop(held));
             Ok(())
         })
     }

@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvortex::{Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket, Value};
-use kvortex_mem::span::Place;
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -18,11 +17,11 @@ use crate::keys::PackedKeys;
 use crate::logs;
 use crate::number::whole;
 use crate::parts::PyParts;
-use crate::stream::{no_stream, stream_on};
+use crate::stream::{no_stream, stream_of};
 use crate::tensors::{all_of, sequence, sources, targets};
 
 /// How long copies in flight may take at the end of the process.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a wait goes without looking for Ctrl-C.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
@@ -214,16 +213,12 @@ impl PyEngine {
     }
 
     /// Makes what `stream`, torch's current one by default, is given from now on wait for every unfinished copy that reads or
-    /// writes `blocks`, GPU memory that is about to be written. The host does not wait.
+    /// writes `blocks`, which are about to be written. The host waits for copies of host memory only.
     #[pyo3(signature = (blocks, *, stream=None))]
     fn fence(&self, py: Python<'_>, blocks: &Bound<'_, PyAny>, stream: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         entry(py, || {
             let pages = all_of(blocks)?;
-            let ordinal = match pages.place() {
-                Place::Device(ordinal) => ordinal,
-                Place::Host => 0,
-            };
-            let stream = stream_on(ordinal, stream, py)?;
+            let stream = stream_of(pages.place(), stream, py)?;
             self.call(py, |engine| engine.fence(stream, &pages))
         })
     }
@@ -333,7 +328,7 @@ impl Drop for PyEngine {
     }
 }
 
-fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<EngineConfig> {
+pub(crate) fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<EngineConfig> {
     Ok(EngineConfig {
         pool_bytes: config.getattr("cpu_pool_size_bytes")?.extract()?,
         block_bytes: config.getattr("block_size_bytes")?.extract()?,

@@ -21,6 +21,7 @@ mod numbers;
 mod paged;
 mod parts;
 mod pool;
+mod ranks;
 mod raw;
 mod stream;
 mod tensors;
@@ -54,6 +55,8 @@ mod _core {
     use parts::PyParts;
     #[pymodule_export]
     use pool::{PinnedBuffer, PyPool};
+    #[pymodule_export]
+    use ranks::{PyRankMover, PyRankPlanner};
     #[pymodule_export]
     use raw::RawTensor;
     #[pymodule_export]

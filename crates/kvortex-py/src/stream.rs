@@ -17,6 +17,14 @@ pub(crate) fn in_stream(pages: Pages, stream: Option<&Bound<'_, PyAny>>, py: Pyt
     }
 }
 
+/// The stream that is meant for memory of `place`; host memory has none, and any will do.
+pub(crate) fn stream_of(place: Place, stream: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<RawStream> {
+    match place {
+        Place::Host => no_stream(stream).map(|()| RawStream(0)),
+        Place::Device(ordinal) => stream_on(ordinal, stream, py),
+    }
+}
+
 /// The stream of GPU `ordinal` that is meant: `stream`, or torch's current one where there is one, else the default stream.
 pub(crate) fn stream_on(ordinal: u32, stream: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<RawStream> {
     stream.map_or_else(|| current(py, ordinal), handle)

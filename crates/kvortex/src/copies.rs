@@ -2,7 +2,7 @@
 
 use kvortex_mem::copy::{CopyEngine, HostCopy};
 use kvortex_mem::device::Device;
-use kvortex_mem::map::HostMemory;
+use kvortex_mem::map::{HostMemory, MapOptions};
 
 use crate::config::{DeviceChoice, EngineConfig};
 use crate::error::Result;
@@ -36,6 +36,16 @@ pub fn open(choice: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
 #[cfg(shuttle)]
 pub fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
     Ok(None)
+}
+
+/// The memory of an arena, near its GPU unless `config` says otherwise.
+pub(crate) fn map(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> Result<HostMemory> {
+    Ok(HostMemory::map(&MapOptions {
+        bytes: config.pool_bytes,
+        huge_pages: config.huge_pages,
+        numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
+        touch_threads: config.threads,
+    })?)
 }
 
 /// The copies of an engine whose arena is `memory`, which is page-locked if there is a device. Where it cannot be, copies are

@@ -7,7 +7,7 @@ use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, check_targets};
 use kvortex_mem::device::{Device, RawStream};
 use kvortex_mem::error::MemError;
-use kvortex_mem::map::{HostMemory, MapOptions};
+use kvortex_mem::map::HostMemory;
 use kvortex_mem::span::Pages;
 use parking_lot::RwLock;
 
@@ -122,12 +122,12 @@ impl Engine {
     /// As [`create`](Self::create).
     pub fn with_copies(config: EngineConfig, copies: Arc<dyn CopyEngine>) -> Result<Self> {
         config.validate()?;
-        let memory = map(&config, None)?;
+        let memory = copies::map(&config, None)?;
         Self::assemble(config, memory, copies, None)
     }
 
     fn build(config: EngineConfig, device: Option<Arc<dyn Device>>) -> Result<Self> {
-        let mut memory = map(&config, device.as_ref())?;
+        let mut memory = copies::map(&config, device.as_ref())?;
         let copies = copies::serve(&config, device.as_ref(), &mut memory)?;
         Self::assemble(config, memory, copies, device)
     }
@@ -450,15 +450,6 @@ impl Inner {
             metrics: Arc::clone(&self.metrics),
         })
     }
-}
-
-fn map(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> Result<HostMemory> {
-    Ok(HostMemory::map(&MapOptions {
-        bytes: config.pool_bytes,
-        huge_pages: config.huge_pages,
-        numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
-        touch_threads: config.threads,
-    })?)
 }
 
 fn leased(bound: Option<&Bound>, take: impl FnOnce(&Bound) -> Lease) -> LeasedBlocks {

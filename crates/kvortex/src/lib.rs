@@ -41,6 +41,8 @@ pub mod plan;
 pub mod planner;
 #[cfg(not(shuttle))]
 mod profile;
+#[cfg(not(shuttle))]
+pub mod ranks;
 mod stats;
 mod sync;
 mod ticket;
@@ -60,3 +62,4 @@ pub use plan::{Kind, Report};
 pub use profile::link_profile;
 pub use stats::Stats;
 pub use ticket::Ticket;
+pub use tier::host::SlotId;

@@ -82,6 +82,11 @@ impl Planner {
         (self.open(Kind::Load, steps, Open::Load { _lease: lease }), mask)
     }
 
+    /// Plans to load the blocks of `lease`, and holds it until the plan is settled.
+    pub fn plan_leased(&self, lease: Lease) -> TicketId {
+        self.open(Kind::Load, Vec::new(), Open::Load { _lease: lease }).ticket
+    }
+
     /// Ends a plan: a store that succeeded becomes visible, one that failed leaves nothing; a load's leases end. Returns
     /// how many blocks became visible. A plan is settled once; a second call does nothing.
     pub fn settle(&self, ticket: TicketId, succeeded: bool) -> usize {

@@ -11,6 +11,8 @@ use common::*;
 use kvortex::{Engine, Error, Keys};
 use kvortex_mem::MemError;
 use kvortex_mem::copy::{CopyEngine, Done, HostCopy, Transfer};
+use kvortex_mem::device::RawStream;
+use kvortex_mem::span::Pages;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
@@ -81,6 +83,10 @@ impl CopyEngine for Faulty {
             Fault::Hold => self.held.lock().unwrap().push((transfer, done)),
         }
         Ok(())
+    }
+
+    fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError> {
+        self.real.fence(stream, pages)
     }
 
     fn stop(&self, deadline: Duration) -> bool {

@@ -4,8 +4,11 @@ use std::time::{Duration, Instant};
 
 use super::crew::{Accepted, Crew};
 use super::job::{Copier, Job, guarded};
-use super::{CopyEngine, Done, Transfer};
+use super::scoreboard::{Access, Scoreboard, Use};
+use super::{CopyEngine, Direction, Done, Transfer};
+use crate::device::RawStream;
 use crate::error::MemError;
+use crate::span::Pages;
 use crate::sync::{Arc, Condvar, Mutex};
 
 /// Transfers of at most this many bytes are copied by the thread that calls `run`, for waking another takes about as long as
@@ -21,8 +24,20 @@ const ALONE_BYTES: usize = if cfg!(shuttle) { 0 } else { 512 << 10 };
 pub struct HostCopy {
     crew: Arc<Crew>,
     copier: Copier,
+    unfinished: Arc<Unfinished>,
     pid: u32,
 }
+
+/// Submitted transfers that have not ended.
+#[derive(Default)]
+struct Unfinished {
+    /// The last number given out, and who has which.
+    uses: Mutex<(u64, Scoreboard)>,
+    left: Condvar,
+}
+
+/// One of them, until it is dropped.
+struct Entry(Arc<Unfinished>, u64);
 
 impl HostCopy {
     /// An engine that copies each transfer with at most `threads` threads (at least one), the caller of `run` among them.
@@ -31,7 +46,8 @@ impl HostCopy {
     }
 
     fn with_copier(threads: usize, copier: Copier) -> HostCopy {
-        HostCopy { crew: Arc::new(Crew::new(threads.max(1), copier)), copier, pid: std::process::id() }
+        let crew = Arc::new(Crew::new(threads.max(1), copier));
+        HostCopy { crew, copier, unfinished: Arc::default(), pid: std::process::id() }
     }
 
     /// Threads that copy one transfer at most.
@@ -83,12 +99,22 @@ impl CopyEngine for HostCopy {
         self.check_process()?;
         self.reaches(transfer.pages().place())?;
         let accepted = Accepted::new(&self.crew)?;
+        let entry = Unfinished::enter(&self.unfinished, &transfer);
         let report: Done = Box::new(move |result| {
             // Declared first, so that it is dropped last, also if `done` panics.
             let _accepted = accepted;
+            drop(entry);
             done(result);
         });
         self.crew.hand_over(Arc::new(Job::new(Arc::new(transfer), self.threads(), report)))
+    }
+
+    /// Waits for the copies: host memory has no order but that of its threads.
+    fn fence(&self, _: RawStream, pages: &Pages) -> Result<(), MemError> {
+        self.check_process()?;
+        self.reaches(pages.place())?;
+        self.unfinished.wait_for(pages);
+        Ok(())
     }
 
     fn stop(&self, deadline: Duration) -> bool {
@@ -106,6 +132,38 @@ impl Drop for HostCopy {
         if self.check_process().is_ok() {
             self.crew.close();
         }
+    }
+}
+
+impl Unfinished {
+    fn enter(this: &Arc<Unfinished>, transfer: &Transfer) -> Entry {
+        let access = Access::of(transfer.pages(), transfer.steps().iter().map(|step| step.page as usize));
+        let how = if transfer.direction() == Direction::Store { Use::Reads } else { Use::Writes };
+        let mut uses = this.uses.lock();
+        uses.0 += 1;
+        let id = uses.0;
+        uses.1.enter(id, Arc::new(access), how);
+        Entry(Arc::clone(this), id)
+    }
+
+    /// Returns when nothing that was unfinished reads or writes `pages` any more.
+    fn wait_for(&self, pages: &Pages) {
+        let mut uses = self.uses.lock();
+        if uses.1.is_empty() {
+            return;
+        }
+        let access = Access::of(pages, 0..pages.count());
+        let awaited = uses.1.before(&access, Use::Writes);
+        while awaited.iter().any(|&id| uses.1.contains(id)) {
+            self.left.wait(&mut uses);
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.0.uses.lock().1.leave(self.1);
+        self.0.left.notify_all();
     }
 }
 

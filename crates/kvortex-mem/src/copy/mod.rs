@@ -58,14 +58,9 @@ pub trait CopyEngine: Send + Sync {
     /// within a `done` it waits in vain for that one.
     fn stop(&self, deadline: Duration) -> bool;
 
-    /// Makes what `stream` is given from now on wait for every unfinished copy that reads or writes `pages`, which are about to
-    /// be written. The host does not wait.
-    fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError> {
-        let _ = stream;
-        let remedy = "wait for the tickets of copies of host memory";
-        let (found, expected) = (pages.place().to_string(), "memory of a device".to_owned());
-        Err(MemError::WrongPlace { found, expected, remedy })
-    }
+    /// Puts every submitted copy that reads or writes `pages`, which are about to be written, before what `stream` is given from
+    /// now on. The host does not wait for copies of a device's memory; for those of host memory it does.
+    fn fence(&self, stream: RawStream, pages: &Pages) -> Result<(), MemError>;
 
     /// A short name for logs and statistics.
     fn name(&self) -> &'static str;

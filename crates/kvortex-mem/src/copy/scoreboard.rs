@@ -217,6 +217,14 @@ impl Scoreboard {
         self.uses.retain(|(other, ..)| *other != id);
     }
 
+    pub(super) fn contains(&self, id: u64) -> bool {
+        self.uses.iter().any(|(other, ..)| *other == id)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.uses.is_empty()
+    }
+
     /// The unfinished copies that a use of `access` must come after, ascending: those that write what it reads or writes, and
     /// those that read what it writes.
     pub(super) fn before(&self, access: &Access, how: Use) -> Vec<u64> {

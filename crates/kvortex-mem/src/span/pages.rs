@@ -63,7 +63,7 @@ pub enum Segment {
 ///
 /// Page i is the concatenation of the i-th pieces of all segments. All pages have the same size in bytes, and every byte lies
 /// in its region: [`Pages::new`] has checked it. Nothing here lists the fragments of all pages.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Pages {
     segments: Box<[Placed]>,
     count: usize,
@@ -85,7 +85,7 @@ pub(crate) struct Order {
 }
 
 /// A segment and where in the page its pieces lie.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Placed {
     pub(super) segment: Segment,
     start: usize,

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::board::LaneBoard;
 use super::flight::{FLIGHT_REQUESTS, Failure, Flight, Lane, Load, Queue, Request};
 use super::pilot::{Pilot, Started};
+use crate::board::LaneBoard;
 use crate::copy::job::guarded;
 use crate::copy::scoreboard::{Access, Scoreboard, Use};
 use crate::copy::{Done, Transfer};

@@ -5,7 +5,6 @@
 //! become flights: a program of copies and launches that the pilot gives to the device's streams. A
 //! poller thread sees flights land, lets their memory go, publishes the lane's watermark and calls `done`.
 
-mod board;
 mod calibrate;
 mod control;
 mod flight;
@@ -20,7 +19,6 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
-pub use self::board::{FAILED_KEPT, LaneBoard};
 pub use self::flight::Lane;
 pub use self::method::{Method, Profile, Rates, Shape};
 pub use self::streams::MAX_STREAMS;
@@ -29,6 +27,7 @@ use self::control::{Control, Landed};
 use self::pilot::Pilot;
 use super::host::Outcome;
 use super::{CopyEngine, Done, Transfer};
+use crate::board::LaneBoard;
 use crate::device::{Device, RawStream};
 use crate::error::MemError;
 use crate::span::{Pages, Place};

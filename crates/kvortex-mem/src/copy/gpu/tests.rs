@@ -315,7 +315,7 @@ fn a_lost_device_fails_everything_and_still_stops() {
         assert_eq!(failed.load(Ordering::SeqCst), 12);
         let refused = bench.engine.run(bench.transfer(Direction::Store, bench.pages()));
         assert!(matches!(refused, Err(MemError::DeviceLost { .. })), "{refused:?}");
-        assert_eq!(bench.engine.board(Lane::Store).failed().len(), 6);
+        assert_eq!(bench.engine.board(Lane::Store).failures(), 6);
     }
 }
 

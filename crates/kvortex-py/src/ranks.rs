@@ -1,0 +1,302 @@
+//! The planner of several ranks, and the mover of one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvortex::SlotId;
+use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Seat};
+use kvortex_mem::span::Pages;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::answers::PyLease;
+use crate::engine::{EXIT_TIMEOUT, settings};
+use crate::errors::{detached, entry, invalid, raise};
+use crate::identity::namespace;
+use crate::keys::PackedKeys;
+use crate::logs;
+use crate::number::whole;
+use crate::paged::PagedBlocks;
+use crate::parts::PyParts;
+use crate::stream::{in_stream, stream_of};
+
+/// Ticket, packed positions, packed slots.
+type StorePlan<'py> = (u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+/// Decides for the ranks of one engine, in this process or in others. Its plans must reach each rank's `RankMover` once and in
+/// order; what came of them it learns by itself.
+#[pyclass(name = "RankPlanner", frozen, module = "kvortex")]
+pub(crate) struct PyRankPlanner(RankPlanner);
+
+#[pymethods]
+impl PyRankPlanner {
+    /// A planner for `ranks` ranks of `cpu_pool_size_bytes` each. Only the first `storing_ranks` store, all by default.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the engine, by name")]
+    #[new]
+    #[pyo3(signature = (engine_id, ranks, *, cpu_pool_size_bytes, block_size_bytes, namespace, storing_ranks=None,
+                        eviction_watermark=0.8, eviction_ratio=0.2))]
+    fn new(
+        py: Python<'_>,
+        engine_id: String,
+        ranks: &Bound<'_, PyAny>,
+        cpu_pool_size_bytes: &Bound<'_, PyAny>,
+        block_size_bytes: &Bound<'_, PyAny>,
+        namespace: &Bound<'_, PyAny>,
+        storing_ranks: Option<&Bound<'_, PyAny>>,
+        eviction_watermark: f64,
+        eviction_ratio: f64,
+    ) -> PyResult<Self> {
+        entry(py, || {
+            logs::follow_level(py)?;
+            let ranks = whole("ranks", ranks)?;
+            let storing = storing_ranks.map_or(Ok(ranks), |storing| whole("storing_ranks", storing))?;
+            let seat = seat(cpu_pool_size_bytes, block_size_bytes, namespace)?;
+            let marks = (eviction_watermark, eviction_ratio);
+            detached(py, || RankPlanner::new(RankBoard::join(&engine_id, ranks)?, seat, storing, marks)).map(Self)
+        })
+    }
+
+    /// Whether every rank is there and has the memory that this planner counts on.
+    fn ready(&self, py: Python<'_>) -> PyResult<bool> {
+        entry(py, || detached(py, || self.0.is_ready()))
+    }
+
+    /// Leases the longest prefix that is there.
+    fn lease_prefix(&self, py: Python<'_>, keys: &Bound<'_, PyAny>) -> PyResult<PyLease> {
+        entry(py, || {
+            let keys = PackedKeys::from_python(keys)?;
+            detached(py, || self.0.lease_prefix(keys.keys())).map(PyLease::of_ranks)
+        })
+    }
+
+    /// Plans to load the blocks of `lease`, which is used up: (ticket, packed slots).
+    #[pyo3(signature = (lease, *, background=false))]
+    fn plan_load<'py>(
+        &self,
+        py: Python<'py>,
+        lease: &Bound<'py, PyLease>,
+        background: bool,
+    ) -> PyResult<(u64, Bound<'py, PyBytes>)> {
+        entry(py, || {
+            let lease = lease.get().take_ranks()?;
+            let (ticket, slots) = detached(py, || self.0.plan_load(lease, background))?;
+            Ok((ticket.id(), packed(py, slots.iter().map(|slot| slot.0))))
+        })
+    }
+
+    /// Plans to store the blocks that are not there: (ticket, packed positions, packed slots), or None. They become visible
+    /// once the loads `rests_on`, and all loads inside steps, have succeeded as well.
+    #[pyo3(signature = (keys, rests_on=Vec::new()), text_signature = "($self, keys, rests_on=())")]
+    fn plan_store<'py>(
+        &self,
+        py: Python<'py>,
+        keys: &Bound<'py, PyAny>,
+        rests_on: Vec<u64>,
+    ) -> PyResult<Option<StorePlan<'py>>> {
+        entry(py, || {
+            let keys = PackedKeys::from_python(keys)?;
+            let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
+            let stored = detached(py, || self.0.plan_store(keys.keys(), &rests_on))?;
+            Ok(stored.ticket.map(|ticket| {
+                let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
+                (ticket.id(), packed(py, stored.positions.iter().copied()), slots)
+            }))
+        })
+    }
+
+    /// Makes visible what every rank has stored, and returns the loads that have ended since: (ticket, whether it succeeded).
+    fn poll(&self, py: Python<'_>) -> PyResult<Vec<(u64, bool)>> {
+        entry(py, || detached(py, || self.0.poll()).map(pairs))
+    }
+
+    /// Forgets every block and returns how many there were. What is being stored does not become visible either.
+    fn reset(&self, py: Python<'_>) -> PyResult<usize> {
+        entry(py, || detached(py, || self.0.reset()))
+    }
+
+    /// Numbers now: capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes.
+    fn get_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        entry(py, || {
+            let (total, used, evictions) = self.0.room();
+            let index = py.detach(|| self.0.index_stats());
+            let dict = PyDict::new(py);
+            dict.set_item("capacity_blocks", total)?;
+            dict.set_item("used_blocks", used)?;
+            dict.set_item("blocks", index.ready)?;
+            dict.set_item("leased_blocks", index.leased)?;
+            dict.set_item("evictions", evictions)?;
+            dict.set_item("in_flight", self.0.in_flight())?;
+            dict.set_item("index_bytes", index.bytes)?;
+            Ok(dict)
+        })
+    }
+}
+
+/// The memory and the copies of one rank. Plans must be passed in the order of their tickets.
+#[pyclass(name = "RankMover", frozen, module = "kvortex")]
+pub(crate) struct PyRankMover(Option<Arc<RankMover>>);
+
+#[pymethods]
+impl PyRankMover {
+    /// Maps `config.cpu_pool_size_bytes` for `rank`. What the planner was given must be the same.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the rank, by name")]
+    #[new]
+    #[pyo3(signature = (config, engine_id, ranks, rank, *, block_size_bytes, namespace))]
+    fn new(
+        py: Python<'_>,
+        config: &Bound<'_, PyAny>,
+        engine_id: String,
+        ranks: &Bound<'_, PyAny>,
+        rank: &Bound<'_, PyAny>,
+        block_size_bytes: &Bound<'_, PyAny>,
+        namespace: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        entry(py, || {
+            logs::follow_level(py)?;
+            let (ranks, rank) = (whole("ranks", ranks)?, whole("rank", rank)?);
+            let seat = seat(&config.getattr("cpu_pool_size_bytes")?, block_size_bytes, namespace)?;
+            let config = settings(config, "")?;
+            let create = || RankMover::create(&config, (&RankBoard::join(&engine_id, ranks)?, rank), &seat);
+            Ok(Self(Some(Arc::new(detached(py, create)?))))
+        })
+    }
+
+    /// Starts to store `blocks` into `slots`, after what torch's current stream was given so far.
+    fn store(&self, py: Python<'_>, ticket: u64, slots: &[u8], blocks: &Bound<'_, PagedBlocks>) -> PyResult<()> {
+        entry(py, || {
+            let ticket = ticket_of(Lane::Store, ticket)?;
+            let pages = in_stream(blocks.get().pages(false, "blocks")?, None, py)?;
+            let slots = unpacked(slots)?;
+            detached(py, || self.mover().submit(ticket, &slots, pages))
+        })
+    }
+
+    /// Loads `blocks` from `slots`. On a GPU what torch's current stream is given from now on comes after it; host
+    /// memory is waited for.
+    /// With `parts` a stream waits by `Parts.hold` only. What does not start is tried once more before TransferError.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the load, by name")]
+    #[pyo3(signature = (ticket, slots, blocks, *, parts=None))]
+    fn load(
+        &self,
+        py: Python<'_>,
+        ticket: u64,
+        slots: &[u8],
+        blocks: &Bound<'_, PagedBlocks>,
+        parts: Option<&Bound<'_, PyParts>>,
+    ) -> PyResult<()> {
+        entry(py, || {
+            let ticket = ticket_of(Lane::Load, ticket)?;
+            let pages = in_stream(blocks.get().pages(true, "blocks")?, None, py)?;
+            let pages = parts.map_or(Ok(pages.clone()), |parts| parts.get().of(pages))?;
+            let slots = unpacked(slots)?;
+            detached(py, || self.mover().load(ticket, &slots, pages))
+        })
+    }
+
+    /// Starts to load `blocks` from `slots` in the background; nothing waits for it.
+    fn load_later(&self, py: Python<'_>, ticket: u64, slots: &[u8], blocks: &Bound<'_, PagedBlocks>) -> PyResult<()> {
+        entry(py, || {
+            let ticket = ticket_of(Lane::Background, ticket)?;
+            let pages = in_stream(blocks.get().pages(true, "blocks")?, None, py)?;
+            let slots = unpacked(slots)?;
+            detached(py, || self.mover().submit(ticket, &slots, pages))
+        })
+    }
+
+    /// Puts every unfinished copy that reads or writes `blocks`, which are about to be written, before what torch's current
+    /// stream is given from now on; for host memory, waits for them.
+    fn fence(&self, py: Python<'_>, blocks: &Bound<'_, PagedBlocks>) -> PyResult<()> {
+        entry(py, || {
+            let pages: Pages = blocks.get().pages(false, "blocks")?;
+            let stream = stream_of(pages.place(), None, py)?;
+            detached(py, || self.mover().fence(stream, &pages))
+        })
+    }
+
+    /// The loads inside steps that have ended since the last call: (ticket, whether it succeeded).
+    fn ended_loads(&self) -> Vec<(u64, bool)> {
+        pairs(self.mover().take_ended(Lane::Load))
+    }
+
+    /// As `ended_loads`, of those in the background.
+    fn ended_later(&self) -> Vec<(u64, bool)> {
+        pairs(self.mover().take_ended(Lane::Background))
+    }
+
+    /// Refuses new copies and waits for those under way; whether all ended in time.
+    #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
+    fn shutdown(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        entry(py, || {
+            let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
+            let timeout = timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64));
+            Ok(py.detach(|| self.mover().shutdown(timeout)))
+        })
+    }
+
+    /// The GPU whose memory can be passed, "cuda:0" say; "none" without one.
+    #[getter]
+    fn device(&self) -> String {
+        let ordinal = self.mover().device().map(|device| device.info().ordinal);
+        ordinal.map_or_else(|| "none".to_owned(), |ordinal| format!("cuda:{ordinal}"))
+    }
+
+    /// Whether the memory is page-locked.
+    #[getter]
+    fn pinned(&self) -> bool {
+        self.mover().is_pinned()
+    }
+}
+
+impl PyRankMover {
+    fn mover(&self) -> &RankMover {
+        self.0.as_ref().expect("taken only by drop")
+    }
+}
+
+impl Drop for PyRankMover {
+    /// Ending a rank may wait for copies and unmaps its memory, so other Python threads go on meanwhile.
+    fn drop(&mut self) {
+        let mover = self.0.take();
+        Python::attach(|py| py.detach(|| drop(mover)));
+    }
+}
+
+fn seat(pool: &Bound<'_, PyAny>, block: &Bound<'_, PyAny>, given: &Bound<'_, PyAny>) -> PyResult<Seat> {
+    let (pool, block) = (whole("cpu_pool_size_bytes", pool)?, whole("block_size_bytes", block)?);
+    Seat::fit(pool, block, namespace(given)?).map_err(raise)
+}
+
+fn packed<'py>(py: Python<'py>, numbers: impl Iterator<Item = u32>) -> Bound<'py, PyBytes> {
+    let bytes: Vec<u8> = numbers.flat_map(u32::to_le_bytes).collect();
+    PyBytes::new(py, &bytes)
+}
+
+fn unpacked(slots: &[u8]) -> PyResult<Vec<SlotId>> {
+    let (words, rest) = slots.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(invalid(format!("slots has {} bytes: pass what the planner returned, 4 for each", slots.len())));
+    }
+    Ok(words.iter().map(|&word| SlotId(u32::from_le_bytes(word))).collect())
+}
+
+fn pairs(ended: Vec<Ended>) -> Vec<(u64, bool)> {
+    ended.into_iter().map(|Ended { ticket, ok }| (ticket.id(), ok)).collect()
+}
+
+fn ticket(id: u64) -> PyResult<RankTicket> {
+    RankTicket::from_id(id).map_err(raise)
+}
+
+fn ticket_of(lane: Lane, id: u64) -> PyResult<RankTicket> {
+    let found = ticket(id)?;
+    let plan = match found.lane() {
+        Lane::Store => "to store",
+        Lane::Load => "to load inside a step",
+        Lane::Background => "to load in the background",
+    };
+    if found.lane() == lane {
+        Ok(found)
+    } else {
+        Err(invalid(format!("ticket {id} is of a plan {plan}: pass it to that method")))
+    }
+}

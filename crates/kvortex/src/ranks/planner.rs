@@ -1,0 +1,274 @@
+//! Decides for all ranks, and learns from their board what came of it.
+
+use std::collections::{BTreeMap, HashSet};
+
+use kvortex_mem::board::{Failed, LaneBoard, Seen};
+use kvortex_mem::copy::gpu::Lane;
+
+use super::board::{RankBoard, Seat};
+use super::ticket::{Ended, RankTicket};
+use crate::error::Result;
+use crate::eviction::Watermarks;
+use crate::fork::Owner;
+use crate::index::IndexStats;
+use crate::key::Keys;
+use crate::lease::Lease;
+use crate::plan::{Plan, TicketId};
+use crate::planner::Planner;
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::tier::host::{SlotId, SlotPool};
+
+/// Plans for the movers of all ranks. Its plans must reach each of them once, in the order of their tickets.
+pub struct RankPlanner {
+    planner: Planner,
+    slots: SlotPool,
+    board: RankBoard,
+    seat: Seat,
+    book: Mutex<Book>,
+    evicted: Arc<AtomicU64>,
+    owner: Owner,
+}
+
+/// A plan to store.
+#[derive(Debug)]
+pub struct Stored {
+    /// Its number; `None` if nothing is to be copied.
+    pub ticket: Option<RankTicket>,
+    /// Positions of the keys to be stored, ascending.
+    pub positions: Vec<u32>,
+    /// The slot of each.
+    pub slots: Vec<SlotId>,
+    /// How many blocks found no room.
+    pub refused: usize,
+}
+
+/// What is under way.
+struct Book {
+    lanes: [LaneBook; 3],
+    /// Loads that failed: nothing that rests on one is ever stored.
+    failed_loads: HashSet<RankTicket>,
+    /// A load inside a step failed: what the engine computed since then rests on bytes that never came.
+    broken: bool,
+}
+
+/// The plans of one lane, by their numbers.
+struct LaneBook {
+    lane: Lane,
+    /// One for each rank that takes part.
+    readers: Vec<Reader>,
+    last: u64,
+    open: BTreeMap<u64, Open>,
+}
+
+struct Reader {
+    board: LaneBoard,
+    seen: Seen,
+    failed: HashSet<u64>,
+}
+
+struct Open {
+    plan: TicketId,
+    failed: bool,
+    copied: bool,
+    /// Loads that this store's blocks were computed from and that have not ended.
+    rests_on: Vec<RankTicket>,
+}
+
+impl RankPlanner {
+    /// A planner for the ranks of `board`, which all must have `seat`. Only the first `storing` ranks are told to store:
+    /// one where all would store the same bytes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when the board has a planner.
+    pub fn new(board: RankBoard, seat: Seat, storing: usize, (watermark, ratio): (f64, f64)) -> Result<Self> {
+        board.sit_down(None)?;
+        let slots = SlotPool::new(seat.slots);
+        let (marks, evicted) = (Watermarks::new(slots.total(), watermark, ratio), Arc::<AtomicU64>::default());
+        let lanes = Lane::ALL.map(|lane| {
+            let ranks = if lane == Lane::Store { storing.clamp(1, board.ranks()) } else { board.ranks() };
+            let readers = (0..ranks).map(|rank| Reader::of(board.lane(rank, lane))).collect();
+            LaneBook { lane, readers, last: 0, open: BTreeMap::new() }
+        });
+        let book = Book { lanes, failed_loads: HashSet::new(), broken: false };
+        Ok(Self {
+            planner: Planner::new(slots.clone(), marks, Arc::clone(&evicted)),
+            book: Mutex::new(book),
+            owner: Owner::this_process(),
+            slots,
+            board,
+            seat,
+            evicted,
+        })
+    }
+
+    /// Whether every rank is there and has what this planner counts on. Nothing must be promised before.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when a rank has something else.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.board.agrees(&self.seat)
+    }
+
+    /// Leases the longest prefix of `keys` that is there.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn lease_prefix(&self, keys: Keys<'_>) -> Result<Lease> {
+        self.owner.check()?;
+        Ok(self.planner.index().lease_prefix(keys))
+    }
+
+    /// Plans to load the blocks of `lease`, which is held until every rank has them, inside a step or in the background.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn plan_load(&self, lease: Lease, background: bool) -> Result<(RankTicket, Vec<SlotId>)> {
+        self.owner.check()?;
+        let slots = lease.slots().to_vec();
+        let lane = if background { Lane::Background } else { Lane::Load };
+        let mut book = self.book.lock();
+        let plan = self.planner.plan_leased(lease);
+        Ok((book.lane(lane).enter(plan, Vec::new()), slots))
+    }
+
+    /// Plans to store the blocks that are not there. They become visible once every storing rank has them and every load that
+    /// they were computed from has succeeded: those of `rests_on`, and all inside steps that have not ended.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn plan_store(&self, keys: Keys<'_>, rests_on: &[RankTicket]) -> Result<Stored> {
+        self.owner.check()?;
+        let mut book = self.book.lock();
+        if book.broken || rests_on.iter().any(|ticket| book.failed_loads.contains(ticket)) {
+            return Ok(Stored { ticket: None, positions: Vec::new(), slots: Vec::new(), refused: keys.len() });
+        }
+        let planned = self.planner.plan_store(keys);
+        let Plan { ticket: plan, steps, .. } = planned.plan;
+        let (positions, slots): (Vec<u32>, Vec<SlotId>) = steps.iter().map(|step| (step.page, step.slot)).unzip();
+        if steps.is_empty() {
+            self.planner.settle(plan, true);
+            return Ok(Stored { ticket: None, positions, slots, refused: planned.refused });
+        }
+        let rests_on = book.unfinished(rests_on);
+        let ticket = Some(book.lane(Lane::Store).enter(plan, rests_on));
+        Ok(Stored { ticket, positions, slots, refused: planned.refused })
+    }
+
+    /// Looks at the board, makes visible what may be, and tells which loads have ended. Costs a few reads when nothing has.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn poll(&self) -> Result<Vec<Ended>> {
+        self.owner.check()?;
+        let mut book = self.book.lock();
+        book.lanes.iter_mut().filter(|lane| !lane.open.is_empty()).for_each(LaneBook::look);
+        let mut ended = Vec::new();
+        for lane in [Lane::Load, Lane::Background] {
+            while let Some((ticket, open)) = book.lane(lane).take_ended() {
+                let ok = !open.failed;
+                self.planner.settle(open.plan, ok);
+                book.load_ended(ticket, ok);
+                ended.push(Ended { ticket, ok });
+            }
+        }
+        while let Some((_, open)) = book.lane(Lane::Store).take_ended() {
+            self.planner.settle(open.plan, !open.failed);
+        }
+        Ok(ended)
+    }
+
+    /// Forgets every block and returns how many were visible; what is being stored never becomes visible.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn reset(&self) -> Result<usize> {
+        self.owner.check()?;
+        Ok(self.planner.index().clear())
+    }
+
+    /// Plans that have not ended.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.book.lock().lanes.iter().map(|lane| lane.open.len()).sum()
+    }
+
+    /// Blocks that fit, blocks that have a slot, and blocks evicted so far.
+    #[must_use]
+    pub fn room(&self) -> (usize, usize, u64) {
+        let total = self.slots.total();
+        (total, total - self.slots.free(), self.evicted.load(Ordering::Relaxed))
+    }
+
+    /// Numbers of the index at this moment.
+    #[must_use]
+    pub fn index_stats(&self) -> IndexStats {
+        self.planner.index_stats()
+    }
+}
+
+impl Reader {
+    fn of(board: LaneBoard) -> Self {
+        Self { board, seen: Seen::default(), failed: HashSet::new() }
+    }
+
+    /// Takes in what is new; if nobody knows which of `open` failed, all that ended did.
+    fn look(&mut self, open: &BTreeMap<u64, Open>) {
+        match self.board.look(&mut self.seen) {
+            Failed::These(numbers) => self.failed.extend(numbers),
+            Failed::Any => self.failed.extend(open.range(..=self.seen.watermark).map(|(number, _)| number)),
+        }
+    }
+}
+
+impl LaneBook {
+    fn enter(&mut self, plan: TicketId, rests_on: Vec<RankTicket>) -> RankTicket {
+        self.last += 1;
+        self.open.insert(self.last, Open { plan, failed: false, copied: false, rests_on });
+        RankTicket::new(self.lane, self.last)
+    }
+
+    fn look(&mut self) {
+        self.readers.iter_mut().for_each(|reader| reader.look(&self.open));
+        let watermark = self.readers.iter().map(|reader| reader.seen.watermark).min().unwrap_or(0);
+        for (number, open) in self.open.range_mut(..=watermark).filter(|(_, open)| !open.copied) {
+            open.copied = true;
+            for reader in &mut self.readers {
+                open.failed |= reader.failed.remove(number);
+            }
+        }
+    }
+
+    /// A plan whose copies, and all that it rests on, have ended.
+    fn take_ended(&mut self) -> Option<(RankTicket, Open)> {
+        let number = *self.open.iter().find(|(_, open)| open.copied && open.rests_on.is_empty())?.0;
+        Some((RankTicket::new(self.lane, number), self.open.remove(&number)?))
+    }
+}
+
+impl Book {
+    fn lane(&mut self, lane: Lane) -> &mut LaneBook {
+        &mut self.lanes[lane as usize]
+    }
+
+    fn unfinished(&mut self, named: &[RankTicket]) -> Vec<RankTicket> {
+        let named = named.iter().copied().filter(|ticket| ticket.lane() != Lane::Store);
+        let mut loads: Vec<_> = named.filter(|&ticket| self.is_open(ticket)).collect();
+        loads.extend(self.lane(Lane::Load).open.keys().map(|&number| RankTicket::new(Lane::Load, number)));
+        loads
+    }
+
+    fn is_open(&self, ticket: RankTicket) -> bool {
+        self.lanes[ticket.lane() as usize].open.contains_key(&ticket.number())
+    }
+
+    fn load_ended(&mut self, load: RankTicket, ok: bool) {
+        for open in self.lane(Lane::Store).open.values_mut().filter(|open| open.rests_on.contains(&load)) {
+            open.rests_on.retain(|&ticket| ticket != load);
+            open.failed |= !ok;
+        }
+        if !ok {
+            self.failed_loads.insert(load);
+            self.broken |= load.lane() == Lane::Load;
+        }
+    }
+}

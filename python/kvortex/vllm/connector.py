@@ -1,0 +1,251 @@
+"""The connector that vLLM makes, one in the scheduler and one in every worker."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
+from kvortex.vllm import layout as layouts
+from kvortex.vllm import settings
+from kvortex.vllm.identity import KeySource, check_hashes, namespace
+from kvortex.vllm.metadata import KVortexMetadata
+from kvortex.vllm.scheduler import SchedulerSide
+from kvortex.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["KVortexConnector"]
+
+log = logging.getLogger("kvortex.vllm")
+
+OLDEST = (0, 15, 1)
+
+WAITS_FOR_ABORTED = (0, 25, 0)
+"""Tested from here on: vLLM keeps the blocks of an aborted load until it has ended, reserves room for loads, and tells
+when it sleeps. Before, 0.15.1 was seen to do none of it."""
+
+
+def _log_as_vllm_does() -> None:
+    """Sends the records of KVortex where vLLM's go, unless somebody has decided otherwise."""
+    own, host = logging.getLogger("kvortex"), logging.getLogger("vllm")
+    if not own.hasHandlers() and own.level == logging.NOTSET:
+        own.handlers, own.propagate = host.handlers, False
+        own.setLevel(host.level)
+
+
+def version_of(text: str) -> tuple[int, int, int]:
+    """The first three numbers of a version."""
+    numbers = ["".join(letter for letter in part if letter.isdigit()) or "0" for part in text.split(".")[:3]]
+    major, minor, patch = [int(number) for number in (*numbers, "0", "0")[:3]]
+    return major, minor, patch
+
+
+class KVortexConnector(KVConnectorBase_V1):
+    """Keeps the KV cache of one engine in host memory. See docs/vllm.md.
+
+    Raises UnsupportedError for what KVortex does not do, ConfigError for a knob that cannot work, and what
+    ``KVortexEngine.create`` raises when memory is not to be had: each with what to do.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig | None = None
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm_does()
+        self._version = version_of(vllm.__version__)
+        _refuse(vllm_config, self._version)
+        if kv_cache_config is None:
+            raise UnsupportedError("vLLM passed no KV-cache configuration: use vLLM 0.15.1 or later")
+        transfer = vllm_config.kv_transfer_config
+        self._frees_aborted = self._version < WAITS_FOR_ABORTED
+        config, mode = settings.read(transfer.kv_connector_extra_config, background_is_safe=not self._frees_aborted)
+        self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._layout = layouts.describe(kv_cache_config)
+        self._namespace = namespace(vllm_config, self._layout, vllm.__version__)
+        self._engine_id = str(transfer.engine_id)
+        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // self._ranks))
+        self._vllm = vllm_config
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._plan(mode)
+
+    def _plan(self, mode: settings.LoadMode) -> SchedulerSide:
+        planner = RankPlanner(
+            self._engine_id,
+            self._ranks,
+            cpu_pool_size_bytes=self._config.cpu_pool_size_bytes,
+            block_size_bytes=self._layout.block_size_bytes,
+            namespace=self._namespace,
+            eviction_watermark=self._config.eviction_watermark,
+            eviction_ratio=self._config.eviction_ratio,
+        )
+        blocks = planner.get_stats()["capacity_blocks"]
+        log.info(
+            "KVortex keeps %d blocks of %d tokens, %d bytes on each of %d ranks (%d layers), loads: %s, namespace %s",
+            blocks,
+            self._layout.block_tokens,
+            self._layout.block_size_bytes,
+            self._ranks,
+            len(self._layout.layers),
+            mode.name,
+            self._namespace.hex()[:16],
+        )
+        return SchedulerSide(planner, self._layout, KeySource(self._layout.hashes_per_block), mode)
+
+    # Scheduler.
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond ``num_computed_tokens`` that can be loaded, and whether beside the steps."""
+        return self._of_scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """vLLM takes what it was offered, or not."""
+        self._of_scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVortexMetadata:
+        """The plans of this step."""
+        return self._of_scheduler.build(scheduler_output)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Its blocks may be reused at once, for copies are ordered before whatever writes them.
+
+        Only vLLM that does not wait for aborted loads is told to keep them until those have ended.
+        """
+        loading = self._of_scheduler.finished(request)
+        return loading is not None and self._frees_aborted, None
+
+    def reset_cache(self) -> bool | None:
+        """Forgets every block."""
+        log.info("%d blocks forgotten", self._of_scheduler.reset())
+        return True
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A block that is not kept is computed again; nobody waits for it."""
+        return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Nothing depends on the hooks of single layers, which full CUDA graphs do not call."""
+        return False
+
+    # Worker.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The memory of the engine's blocks is there."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        cache = layouts.paged_cache(self._layout, kv_caches, self._vllm)
+        rank = get_tensor_model_parallel_rank()
+        place = next(iter(kv_caches.values())).device
+        device = f"cuda:{place.index or 0}" if place.type == "cuda" else "none"
+        mover = RankMover(
+            KVortexConfig.of(self._config, device=device),
+            self._engine_id,
+            self._ranks,
+            rank,
+            block_size_bytes=self._layout.block_size_bytes,
+            namespace=self._namespace,
+        )
+        log.info(
+            "KVortex rank %d of %d: %s, %d bytes of %s memory, copies to %s by %s, namespace %s",
+            rank,
+            self._ranks,
+            cache,
+            self._config.cpu_pool_size_bytes,
+            "page-locked" if mover.pinned else "plain",
+            place,
+            self._config.copy_method if device != "none" else "the CPU",
+            self._namespace.hex()[:16],
+        )
+        self._worker = WorkerSide(mover, cache, finishes_aborted_by_sending=self._frees_aborted)
+
+    def handle_preemptions(self, arg: Any) -> None:
+        """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
+        if isinstance(arg, KVortexMetadata):
+            worker = self._of_worker
+            worker.begin(arg)
+            worker.fence()
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """The plans of the step that begins."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Starts the loads of the step."""
+        self._of_worker.load()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Checks that ``start_load_kv`` was called: when it returns, loads are in place or ordered before the pass."""
+        self._of_worker.computes()
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Blocks are stored whole, after the pass."""
+
+    def wait_for_save(self) -> None:
+        """The pass is enqueued: starts to store the blocks that it fills. Waits for nothing."""
+        self._of_worker.store()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Which loads beside the steps have ended."""
+        worker = self._of_worker
+        worker.end()
+        sent, received = worker.finished(finished_req_ids)
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that must be computed after all."""
+        return self._worker.take_errors() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        """Waits for the copies under way, for a bounded time."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    @property
+    def _of_scheduler(self) -> SchedulerSide:
+        if self._scheduler is None:
+            raise RuntimeError("this is a worker's connector: vLLM asked it what the scheduler's knows")
+        return self._scheduler
+
+    @property
+    def _of_worker(self) -> WorkerSide:
+        if self._worker is None:
+            raise RuntimeError("vLLM runs a step before register_kv_caches, or asks the scheduler for copies")
+        return self._worker
+
+
+def _refuse(vllm_config: Any, version: tuple[int, int, int]) -> None:
+    """Raises UnsupportedError for a configuration that KVortex does not serve, and names it."""
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    check_hashes(vllm_config.cache_config)
+    wrong = {
+        f"vLLM {vllm.__version__}": (version < OLDEST, "use 0.15.1 or later"),
+        f"kv_role {transfer.kv_role}": (transfer.kv_role != "kv_both", "set kv_role to kv_both"),
+        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use tensor parallelism only"),
+        "prefill context parallelism": (_of(parallel, "prefill_context_parallel_size", 1) > 1, "set it to 1"),
+        "decode context parallelism": (_of(parallel, "decode_context_parallel_size", 1) > 1, "set it to 1"),
+        "elastic expert parallelism": (_of(parallel, "enable_elastic_ep", False), "leave --enable-elastic-ep out"),
+        "sleep mode on this vLLM, which unmaps the cache without a word": (
+            version < WAITS_FOR_ABORTED and _of(vllm_config.model_config, "enable_sleep_mode", False),
+            "leave --enable-sleep-mode out, or use a later vLLM",
+        ),
+        "tensor parallelism over several hosts": (_of(parallel, "nnodes", 1) > 1, "keep one engine on one host"),
+    }
+    for what, (is_so, remedy) in wrong.items():
+        if is_so:
+            raise UnsupportedError(f"KVortex does not serve {what}: {remedy}")
+
+
+def _of(config: Any, name: str, default: Any) -> Any:
+    return getattr(config, name, default)

@@ -1,0 +1,161 @@
+"""Where a block of the engine lies in memory, from the KV-cache specification and the tensors' strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MLAAttentionSpec
+
+import kvortex
+from kvortex import PagedCache, RawTensor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["CacheLayout", "describe", "paged_cache"]
+
+KNOWN = (FullAttentionSpec, MLAAttentionSpec)
+"""Exactly these kinds of layers; what derives from them keeps other things in its pages."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the planner and every rank know of the KV cache before its memory exists."""
+
+    layers: Mapping[str, KVCacheSpec]
+    num_blocks: int
+    block_tokens: int
+    """Tokens of one block of the engine."""
+    hash_tokens: int
+    """Tokens of one block hash of the engine; a block has a whole number of them."""
+    block_size_bytes: int
+    """Bytes of one block on one rank, all layers."""
+    replicated: bool
+    """Whether every rank keeps the same bytes."""
+
+    @property
+    def hashes_per_block(self) -> int:
+        """Block hashes of one block, of which the last names it."""
+        return self.block_tokens // self.hash_tokens
+
+
+def describe(config: KVCacheConfig) -> CacheLayout:
+    """The layout that ``config`` means. Raises UnsupportedError for what KVortex does not keep."""
+    groups = config.kv_cache_groups
+    if len(groups) != 1:
+        raise kvortex.UnsupportedError(
+            f"the model has {len(groups)} KV-cache groups and KVortex keeps one: start vLLM with "
+            "--disable-hybrid-kv-cache-manager, or without the connector"
+        )
+    spec = groups[0].kv_cache_spec
+    specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(groups[0].layer_names, spec)
+    for name, layer in specs.items():
+        if type(layer) not in KNOWN:
+            kinds = " and ".join(kind.__name__ for kind in KNOWN)
+            raise kvortex.UnsupportedError(
+                f"layer {name} has a cache of kind {type(layer).__name__}, and KVortex keeps {kinds}: "
+                "start vLLM without the connector"
+            )
+    hash_tokens = getattr(config, "hash_block_size", None) or spec.block_size
+    if spec.block_size % hash_tokens:
+        raise kvortex.UnsupportedError(
+            f"a block of {spec.block_size} tokens is no whole number of hashed blocks of {hash_tokens} tokens: "
+            "set --block-size to a multiple of it"
+        )
+    return CacheLayout(
+        layers=specs,
+        num_blocks=config.num_blocks,
+        block_tokens=spec.block_size,
+        hash_tokens=hash_tokens,
+        block_size_bytes=sum(page_bytes(layer) for layer in specs.values()),
+        replicated=all(isinstance(layer, MLAAttentionSpec) for layer in specs.values()),
+    )
+
+
+def page_bytes(spec: KVCacheSpec) -> int:
+    """Bytes of one layer's part of a block, without padding."""
+    return int(getattr(spec, "real_page_size_bytes", None) or spec.page_size_bytes)
+
+
+def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: VllmConfig) -> PagedCache:
+    """The blocks of the registered tensors, layer after layer.
+
+    Raises LayoutError for tensors that do not fit ``layout``.
+    """
+    views: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    for name, tensor in kv_caches.items():
+        spec = layout.layers.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise kvortex.LayoutError(f"the cache of layer {name} is {type(tensor).__name__} and no tensor")
+        if spec is None and _aliases(tensor, kv_caches, layout):
+            continue
+        if spec is None:
+            raise kvortex.LayoutError(f"layer {name} has a cache that the KV-cache configuration does not name")
+        view = _block_view(name, tensor, spec, layout.num_blocks, vllm_config)
+        views.setdefault((view.data_ptr(), tuple(view.stride())), view)
+    cache = PagedCache([_raw(view) for view in views.values()])
+    if cache.block_size_bytes != layout.block_size_bytes:
+        raise kvortex.LayoutError(
+            f"the registered tensors have {cache.block_size_bytes} bytes a block, "
+            f"the KV-cache specification {layout.block_size_bytes}"
+        )
+    return cache
+
+
+def _aliases(tensor: torch.Tensor, kv_caches: Mapping[str, Any], layout: CacheLayout) -> bool:
+    """Whether a layer only shares the cache of another one."""
+    return any(kv_caches[name].data_ptr() == tensor.data_ptr() for name in layout.layers if name in kv_caches)
+
+
+def _block_view(
+    name: str, tensor: torch.Tensor, spec: KVCacheSpec, num_blocks: int, vllm_config: VllmConfig
+) -> torch.Tensor:
+    """``tensor`` with the engine's blocks as its first dimension; the attention kernel's may be smaller."""
+    total = tensor.numel() * tensor.element_size()
+    if total != num_blocks * page_bytes(spec):
+        raise kvortex.LayoutError(
+            f"layer {name} has a tensor of {total} bytes, shape {tuple(tensor.shape)}, where {num_blocks} blocks of "
+            f"{page_bytes(spec)} bytes were configured"
+        )
+    dim = _block_dim(name, tensor, num_blocks, vllm_config)
+    pieces = tensor.shape[dim] // num_blocks
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    shape[dim : dim + 1], strides[dim : dim + 1] = [num_blocks, pieces], [strides[dim] * pieces, strides[dim]]
+    return tensor.as_strided(shape, strides, tensor.storage_offset()).movedim(dim, 0)
+
+
+def _block_dim(name: str, tensor: torch.Tensor, num_blocks: int, vllm_config: VllmConfig) -> int:
+    fits = [dim for dim, size in enumerate(tensor.shape) if size >= num_blocks and size % num_blocks == 0]
+    if len(fits) > 1:
+        dim = _dim_by_backend(name, vllm_config)
+        # Without one that tells, the tensor is vLLM's standard view, which has the blocks first.
+        fits = [0 if dim is None else dim]
+    if len(fits) != 1 or tensor.shape[fits[0]] % num_blocks:
+        raise kvortex.LayoutError(
+            f"layer {name} has a tensor of shape {tuple(tensor.shape)}: no dimension of it counts {num_blocks} blocks"
+        )
+    return fits[0]
+
+
+def _dim_by_backend(name: str, vllm_config: VllmConfig) -> int | None:
+    """Where the layer's attention backend puts its blocks, if it tells; asked for a number that nothing else has."""
+    layer = vllm_config.compilation_config.static_forward_context.get(name)
+    backend = getattr(layer, "get_attn_backend", lambda: None)()
+    shape_of = getattr(backend, "get_kv_cache_shape", None)
+    if shape_of is None:
+        return None
+    shape = tuple(shape_of(12347, 16, 8, 256))
+    return shape.index(12347) if 12347 in shape else None
+
+
+def _raw(view: torch.Tensor) -> RawTensor:
+    """The memory itself: whatever the dtype, bytes are copied."""
+    if math.prod(view.shape) == 0:
+        raise kvortex.LayoutError(f"a KV cache of shape {tuple(view.shape)} has no bytes")
+    return RawTensor(
+        view.data_ptr(), list(view.shape), list(view.stride()), view.element_size(), device=view.device, owner=view
+    )

@@ -1,0 +1,282 @@
+"""The scheduler's side: decides what is loaded and stored, and never touches a byte."""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from kvortex.vllm.identity import KEY, RequestKeys
+from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
+
+if TYPE_CHECKING:
+    from kvortex import Lease, RankPlanner
+    from kvortex.vllm.identity import KeySource
+    from kvortex.vllm.layout import CacheLayout
+    from kvortex.vllm.settings import LoadMode
+
+__all__ = ["SchedulerSide"]
+
+log = logging.getLogger("kvortex.vllm")
+
+
+class _Tracked:
+    """What is remembered of one request."""
+
+    __slots__ = (
+        "background",
+        "blocks",
+        "keeps",
+        "keys",
+        "lease",
+        "loading",
+        "loads",
+        "local",
+        "next_full",
+        "offered",
+        "request",
+    )
+
+    def __init__(self, request: Any, block_tokens: int) -> None:
+        self.request = request
+        self.keys = RequestKeys()
+        self.blocks: list[int] = []
+        self.offered = 0
+        """Blocks, from the first, that a plan to store has had."""
+        self.next_full = block_tokens
+        """Tokens at which the next block is full."""
+        self.local = 0
+        """Blocks that the engine's own cache had at the last lookup."""
+        self.lease: Lease | None = None
+        self.background = False
+        self.loading: int | None = None
+        """Ticket of a load in the background."""
+        self.loads = True
+        """Whether to look for its blocks: not again after a load of them failed."""
+        self.keeps = True
+        """Whether its blocks may be stored: not those computed before a reset."""
+
+    def start_over(self, block_tokens: int) -> None:
+        """Offers all its blocks again."""
+        self.offered, self.next_full = 0, block_tokens
+
+
+class SchedulerSide:
+    """Answers the scheduler's questions from the index, and turns its decisions into plans."""
+
+    def __init__(self, planner: RankPlanner, layout: CacheLayout, keys: KeySource, load_mode: LoadMode) -> None:
+        self._planner = planner
+        self._layout = layout
+        self._source = keys
+        self._load_mode = load_mode
+        self._block_tokens = layout.block_tokens
+        self._tracked: dict[str, _Tracked] = {}
+        self._offers: list[_Tracked] = []
+        self._step = KVortexMetadata()
+        self._running = 0
+        self._loading: dict[bytes, tuple[int, float]] = {}
+        """First key of each load in the background: its ticket, and until when others wait for it."""
+        self._ready = False
+        self._refused = False
+        self.hit_tokens = 0
+        """Tokens that the engine was given so far."""
+
+    # What the engine asks.
+
+    def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond ``num_computed_tokens``; None to be asked again in the next step."""
+        try:
+            return self._lookup(request, num_computed_tokens)
+        except Exception:
+            log.exception("a lookup failed; the request is computed")
+            return 0, False
+
+    def _lookup(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        tracked = self._track(request)
+        tracked.local = first = num_computed_tokens // self._block_tokens
+        # At least one token is left to be computed.
+        end = (request.num_tokens - 1) // self._block_tokens
+        self._end_lease(tracked)
+        if not self._is_ready():
+            return 0, False
+        self._poll()
+        if tracked.loading is not None or not tracked.loads:
+            return 0, False
+        keys = self._keys_of(tracked)[first * KEY : end * KEY]
+        if not keys:
+            return 0, False
+        if self._is_being_loaded(keys):
+            return None, False
+        lease = self._planner.lease_prefix(keys)
+        if not len(lease):
+            return 0, False
+        tracked.lease = lease
+        self._offers.append(tracked)
+        bytes_ = len(lease) * self._layout.block_size_bytes
+        tracked.background = self._load_mode.is_background(bytes_, self._running)
+        return len(lease) * self._block_tokens, tracked.background
+
+    def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """The engine takes ``num_external_tokens`` of what it was offered, into the blocks of the request's table."""
+        if num_external_tokens == 0:
+            return
+        tracked = self._tracked[request.request_id]
+        lease, tracked.lease = tracked.lease, None
+        if lease is None:
+            raise RuntimeError(f"vLLM took {num_external_tokens} tokens for {request.request_id} that were not offered")
+        count = num_external_tokens // self._block_tokens
+        targets = block_ids(blocks.get_block_ids()[0][tracked.local : tracked.local + count])
+        if not 0 < count <= len(lease) or len(targets) != count:
+            raise RuntimeError(
+                f"vLLM took {count} blocks for {request.request_id} of {len(lease)} offered, and gave it {len(targets)}"
+            )
+        ticket, slots = self._planner.plan_load(lease, background=tracked.background)
+        load = Load(ticket, request.request_id, tracked.background, slots[: 4 * count], targets)
+        self._step.loads.append(load)
+        self._step.written.extend(targets)
+        self.hit_tokens += num_external_tokens
+        if tracked.background:
+            tracked.loading = ticket
+            self._announce(tracked, ticket, count)
+
+    def build(self, output: Any) -> KVortexMetadata:
+        """The plans of the step that was just scheduled."""
+        step, self._step = self._step, KVortexMetadata()
+        full: list[tuple[_Tracked, int]] = []
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            tracked = self._tracked.get(new.req_id)
+            if tracked is None:
+                continue
+            tracked.blocks = list(new.block_ids[0])
+            step.written.extend(tracked.blocks[tracked.local :])
+            tokens = new.num_computed_tokens + scheduled[new.req_id]
+            if tokens >= tracked.next_full:
+                full.append((tracked, tokens))
+        self._go_on(output.scheduled_cached_reqs, scheduled, step, full)
+        self._running = len(scheduled)
+        if full:
+            step.store = self._plan_store(full)
+        for tracked in self._offers:
+            self._end_lease(tracked)
+        self._offers.clear()
+        self._poll()
+        return step
+
+    def _go_on(
+        self, cached: Any, scheduled: dict[str, int], step: KVortexMetadata, full: list[tuple[_Tracked, int]]
+    ) -> None:
+        """Takes in what requests that ran before were given; for hundreds of them in every step."""
+        all_tracked, resumed = self._tracked, cached.resumed_req_ids
+        for name, new, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            tracked = all_tracked.get(name)
+            if tracked is None:
+                continue
+            if new is not None:
+                ids = new[0]
+                if name in resumed:
+                    # The table is new, and everything in it was computed or found since.
+                    tracked.blocks, tracked.keeps = list(ids), True
+                    tracked.start_over(self._block_tokens)
+                    step.written.extend(ids[tracked.local :])
+                else:
+                    tracked.blocks.extend(ids)
+                    step.written.extend(ids)
+            tokens = computed + scheduled[name]
+            if tokens >= tracked.next_full:
+                full.append((tracked, tokens))
+
+    def finished(self, request: Any) -> int | None:
+        """The request has ended; the ticket of its load in the background, if that goes on."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return None
+        self._end_lease(tracked)
+        self._poll()
+        return tracked.loading
+
+    def reset(self) -> int:
+        """Forgets every block and returns how many there were. What running requests have computed is never kept."""
+        for tracked in self._offers:
+            self._end_lease(tracked)
+        self._offers.clear()
+        for tracked in self._tracked.values():
+            tracked.keeps = tracked.keeps and not tracked.blocks
+        return self._planner.reset()
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of the planner, and ``hit_tokens``."""
+        return {**self._planner.get_stats(), "hit_tokens": self.hit_tokens}
+
+    # What goes on inside.
+
+    def _track(self, request: Any) -> _Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens)
+        return tracked
+
+    def _keys_of(self, tracked: _Tracked) -> bytes:
+        """The packed keys of the request's full blocks, as far as the engine has named them."""
+        if not self._source.extend(tracked.keys, tracked.request):
+            tracked.start_over(self._block_tokens)
+        return tracked.keys.packed
+
+    def _is_ready(self) -> bool:
+        """Whether every rank has the memory that plans count on; until then nothing is promised."""
+        if not self._ready and not self._refused:
+            try:
+                self._ready = self._planner.ready()
+            except Exception:
+                self._refused = True
+                log.exception("the ranks do not agree; nothing is kept")
+        return self._ready
+
+    def _poll(self) -> None:
+        for ticket, ok in self._planner.poll():
+            if not ok:
+                log.warning("load %d failed; what it was for is computed", ticket)
+            for key, (other, _) in list(self._loading.items()):
+                if other == ticket:
+                    del self._loading[key]
+            for tracked in self._tracked.values():
+                if tracked.loading == ticket:
+                    tracked.loading, tracked.loads = None, ok
+
+    def _announce(self, tracked: _Tracked, ticket: int, count: int) -> None:
+        key = tracked.keys.packed[tracked.local * KEY : (tracked.local + 1) * KEY]
+        seconds = self._load_mode.seconds(count * self._layout.block_size_bytes)
+        self._loading[key] = (ticket, time.monotonic() + seconds)
+
+    def _is_being_loaded(self, keys: bytes) -> bool:
+        """Whether another request loads the same prefix; it is not waited for longer than it should take."""
+        found = self._loading.get(keys[:KEY])
+        return found is not None and time.monotonic() < found[1]
+
+    def _plan_store(self, full: list[tuple[_Tracked, int]]) -> Store | None:
+        if not self._is_ready():
+            return None
+        keys: list[bytes] = []
+        blocks = block_ids()
+        for tracked, tokens in full:
+            packed = self._keys_of(tracked)
+            first = tracked.offered
+            end = min(tokens // self._block_tokens, len(packed) // KEY, len(tracked.blocks))
+            if not tracked.keeps:
+                tracked.next_full = (end + 1) * self._block_tokens
+            elif end > first:
+                keys.append(packed[first * KEY : end * KEY])
+                blocks.extend(tracked.blocks[first:end])
+                tracked.offered, tracked.next_full = end, (end + 1) * self._block_tokens
+        planned = self._planner.plan_store(b"".join(keys)) if keys else None
+        if planned is None:
+            return None
+        ticket, positions, slots = planned
+        picked = array("I", positions)
+        return Store(ticket, slots, block_ids(blocks[at] for at in picked))
+
+    def _end_lease(self, tracked: _Tracked) -> None:
+        if tracked.lease is not None:
+            tracked.lease.release()
+            tracked.lease = None

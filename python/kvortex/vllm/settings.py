@@ -1,0 +1,50 @@
+"""What the connector reads from ``kv_connector_extra_config``: the knobs of the engine, and how to load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvortex import ConfigError, KVortexConfig
+
+__all__ = ["LoadMode", "read"]
+
+MODES = ("auto", "sync", "async")
+
+SMALL_LOAD_BYTES = 64 << 20
+"""A load up to this goes inside the step: it takes about a millisecond."""
+
+ASSUMED_BYTES_PER_S = 10e9
+"""What followers of a load count on; twice the time is allowed."""
+
+
+@dataclass(frozen=True)
+class LoadMode:
+    """When blocks are loaded inside the step that needs them, and when beside it."""
+
+    name: str
+    """``auto``, ``sync`` (inside) or ``async`` (beside)."""
+
+    def is_background(self, nbytes: int, running: int) -> bool:
+        """Whether to load ``nbytes`` beside the steps of ``running`` requests."""
+        if self.name == "auto":
+            return running > 0 and nbytes > SMALL_LOAD_BYTES
+        return self.name == "async"
+
+    def seconds(self, nbytes: int) -> float:
+        """How long others wait for a load of ``nbytes``."""
+        return 0.05 + 2 * nbytes / ASSUMED_BYTES_PER_S
+
+
+def read(extra: Mapping[str, object], *, background_is_safe: bool) -> tuple[KVortexConfig, LoadMode]:
+    """The configuration in ``extra``. ``auto`` means ``sync`` where the engine reuses blocks of aborted loads.
+
+    Raises ConfigError for what is unknown or cannot work.
+    """
+    knobs = dict(extra)
+    mode = str(knobs.pop("load_mode", "auto")).strip().lower()
+    if mode not in MODES:
+        raise ConfigError(f"load_mode = {mode!r}: give one of {', '.join(MODES)}")
+    if mode == "auto" and not background_is_safe:
+        mode = "sync"
+    return KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs}), LoadMode(mode)

@@ -1,0 +1,132 @@
+"""A worker's side: makes the copies of each step in the order that keeps every page right, and decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvortex import PagedCache, RankMover
+    from kvortex.vllm.metadata import KVortexMetadata, Load
+
+__all__ = ["WorkerSide"]
+
+log = logging.getLogger("kvortex.vllm")
+
+
+class WorkerSide:
+    """One rank. Its methods are called by the hooks of the model runner, in whatever order the version has.
+
+    The order that matters is kept here: before the engine or a load writes blocks of this step, unfinished stores that
+    read them are put first; loads inside the step come before the forward pass; stores come after it.
+    """
+
+    def __init__(self, mover: RankMover, cache: PagedCache, *, finishes_aborted_by_sending: bool) -> None:
+        self._mover = mover
+        self._cache = cache
+        self._by_sending = finishes_aborted_by_sending
+        self._step: KVortexMetadata | None = None
+        self._fenced = self._loaded = self._stored = True
+        self._background: dict[int, Load] = {}
+        self._aborted: set[str] = set()
+        self._errors: set[int] = set()
+
+    def begin(self, step: KVortexMetadata) -> None:
+        """A step begins; called again for the same step it does nothing."""
+        if step is not self._step:
+            self.end()
+            self._step = step
+            self._fenced = self._loaded = self._stored = False
+
+    def fence(self) -> None:
+        """Before anything writes the blocks of this step."""
+        step = self._step
+        if step is not None and not self._fenced:
+            self._fenced = True
+            if step.written:
+                self._mover.fence(self._cache.blocks(step.written))
+
+    def load(self) -> None:
+        """Starts the loads of this step. What is inside the step is in place before what the engine does next."""
+        step = self._step
+        if step is None or self._loaded:
+            return
+        self.fence()
+        self._loaded = True
+        for load in sorted(step.loads, key=lambda load: load.ticket):
+            blocks = self._cache.blocks(load.blocks)
+            if not load.background:
+                self._mover.load(load.ticket, load.slots, blocks)
+                continue
+            self._background[load.ticket] = load
+            try:
+                self._mover.load_later(load.ticket, load.slots, blocks)
+            except Exception:
+                # It counts as failed, and comes back as such from the mover.
+                log.exception("load %d did not start", load.ticket)
+
+    def computes(self) -> None:
+        """A layer is about to be computed. Raises if a load inside the step was left out."""
+        if not self._loaded:
+            self._check_promises()
+
+    def store(self) -> None:
+        """After the forward pass: starts to store the blocks that it filled."""
+        step = self._step
+        if step is None or self._stored:
+            return
+        self._check_promises()
+        self._stored = True
+        if step.store is not None:
+            try:
+                self._mover.store(step.store.ticket, step.store.slots, self._cache.blocks(step.store.blocks))
+            except Exception:
+                log.exception("store %d did not start; its blocks are not kept", step.store.ticket)
+
+    def end(self) -> None:
+        """The step is over: what no hook has started starts now."""
+        if self._step is not None:
+            self._check_promises()
+            self.load()
+            self.store()
+            self._step = None
+
+    def _check_promises(self) -> None:
+        step = self._step
+        if step is not None and not self._loaded and any(not load.background for load in step.loads):
+            raise RuntimeError("vLLM computes a step without what it was promised: start_load_kv comes before it")
+
+    def finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Requests whose blocks may be freed, and requests whose loads in the background have ended.
+
+        Raises RuntimeError for a load inside a step that failed after its start: the step computed with wrong bytes.
+        """
+        failed = [ticket for ticket, ok in self._mover.ended_loads() if not ok]
+        if failed:
+            raise RuntimeError(f"loads {failed}, which a step was promised, failed: what it computed is wrong")
+        if self._by_sending and self._background:
+            self._aborted |= finished_req_ids & {load.request_id for load in self._background.values()}
+        sent: set[str] = set()
+        received: set[str] = set()
+        for ticket, ok in self._mover.ended_later():
+            load = self._background.pop(ticket, None)
+            if load is None:
+                continue
+            if load.request_id in self._aborted:
+                self._aborted.discard(load.request_id)
+                sent.add(load.request_id)
+                continue
+            received.add(load.request_id)
+            if not ok:
+                self._errors.update(load.blocks)
+        return sent, received
+
+    def take_errors(self) -> set[int]:
+        """Blocks that a load in the background did not fill, since the last call."""
+        errors, self._errors = self._errors, set()
+        return errors
+
+    def shutdown(self) -> None:
+        """Waits for the copies under way."""
+        self.end()
+        self._mover.shutdown()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
 from kvortex.vllm import layout as layouts
 from kvortex.vllm import settings
-from kvortex.vllm.identity import KeySource, check_hashes, namespace
+from kvortex.vllm.identity import check_hashes, namespace
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.worker import WorkerSide
@@ -65,9 +65,10 @@ class KVortexConnector(KVConnectorBase_V1):
             raise UnsupportedError("vLLM passed no KV-cache configuration: use vLLM 0.15.1 or later")
         transfer = vllm_config.kv_transfer_config
         self._frees_aborted = self._version < WAITS_FOR_ABORTED
-        config, mode = settings.read(transfer.kv_connector_extra_config, background_is_safe=not self._frees_aborted)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._layout = layouts.describe(kv_cache_config)
+        spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len) if self._frees_aborted else None
+        config, mode = settings.read(transfer.kv_connector_extra_config, spare)
         self._namespace = namespace(vllm_config, self._layout, vllm.__version__)
         self._engine_id = str(transfer.engine_id)
         self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // self._ranks))
@@ -98,7 +99,7 @@ class KVortexConnector(KVConnectorBase_V1):
             mode.name,
             self._namespace.hex()[:16],
         )
-        return SchedulerSide(planner, self._layout, KeySource(self._layout.hashes_per_block), mode)
+        return SchedulerSide(planner, self._layout, mode)
 
     # Scheduler.
 
@@ -141,10 +142,8 @@ class KVortexConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """The memory of the engine's blocks is there."""
-        from vllm.distributed import get_tensor_model_parallel_rank
-
         cache = layouts.paged_cache(self._layout, kv_caches, self._vllm)
-        rank = get_tensor_model_parallel_rank()
+        rank = _rank()
         place = next(iter(kv_caches.values())).device
         device = f"cuda:{place.index or 0}" if place.type == "cuda" else "none"
         mover = RankMover(
@@ -223,6 +222,13 @@ class KVortexConnector(KVConnectorBase_V1):
         if self._worker is None:
             raise RuntimeError("vLLM runs a step before register_kv_caches, or asks the scheduler for copies")
         return self._worker
+
+
+def _rank() -> int:
+    """Which of the engine's ranks this process is."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
 
 
 def _refuse(vllm_config: Any, version: tuple[int, int, int]) -> None:

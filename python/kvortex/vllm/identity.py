@@ -32,19 +32,17 @@ class RequestKeys:
 class KeySource:
     """Turns the block hashes of requests into keys."""
 
-    def __init__(self, hashes_per_block: int) -> None:
-        self._per_block = hashes_per_block
+    def __init__(self) -> None:
         self._adapters = Adapters()
         self._refused = False
 
     def extend(self, keys: RequestKeys, request: Any) -> bool:
         """Adds what the engine has hashed since. False if the request has other tokens than before, thus other keys."""
-        hashes, per_block = request.block_hashes, self._per_block
-        known = len(keys.packed) // KEY
-        same = not known or (len(hashes) >= known * per_block and hashes[known * per_block - 1] == keys.last)
+        hashes, known = request.block_hashes, len(keys.packed) // KEY
+        same = not known or (len(hashes) >= known and hashes[known - 1] == keys.last)
         if not same:
             keys.packed, known = b"", 0
-        fresh = hashes[(known + 1) * per_block - 1 :: per_block]
+        fresh = hashes[known:]
         if fresh and self._are_digests(fresh):
             added = self._identify(fresh, request.lora_request)
             if added:
@@ -143,7 +141,6 @@ def namespace(vllm_config: Any, layout: Any, version: str) -> Namespace:
         cache_dtype=str(cache.cache_dtype),
         hashes=str(cache.prefix_caching_hash_algo),
         block_tokens=layout.block_tokens,
-        hash_tokens=layout.hash_tokens,
         block_size_bytes=layout.block_size_bytes,
         tensor_parallel_size=parallel.tensor_parallel_size,
         layers=[f"{name}: {spec!r}" for name, spec in sorted(layout.layers.items())],

@@ -30,17 +30,14 @@ class CacheLayout:
     num_blocks: int
     block_tokens: int
     """Tokens of one block of the engine."""
-    hash_tokens: int
-    """Tokens of one block hash of the engine; a block has a whole number of them."""
     block_size_bytes: int
     """Bytes of one block on one rank, all layers."""
     replicated: bool
     """Whether every rank keeps the same bytes."""
 
-    @property
-    def hashes_per_block(self) -> int:
-        """Block hashes of one block, of which the last names it."""
-        return self.block_tokens // self.hash_tokens
+    def spare_blocks(self, tokens: int) -> int:
+        """Blocks that are left when a request of ``tokens`` has all that it needs. One block is the engine's own."""
+        return max(0, self.num_blocks - 1 - -(-tokens // self.block_tokens))
 
 
 def describe(config: KVCacheConfig) -> CacheLayout:
@@ -60,17 +57,27 @@ def describe(config: KVCacheConfig) -> CacheLayout:
                 f"layer {name} has a cache of kind {type(layer).__name__}, and KVortex keeps {kinds}: "
                 "start vLLM without the connector"
             )
+        if page_bytes(layer) != layer.page_size_bytes and getattr(layer, "page_size_padded", None) is None:
+            raise kvortex.UnsupportedError(
+                f"layer {name} keeps {layer.page_size_bytes - page_bytes(layer)} bytes of a block beside its tensor, "
+                "scales of each token say: use another --kv-cache-dtype"
+            )
     hash_tokens = getattr(config, "hash_block_size", None) or spec.block_size
-    if spec.block_size % hash_tokens:
+    if spec.block_size != hash_tokens:
         raise kvortex.UnsupportedError(
-            f"a block of {spec.block_size} tokens is no whole number of hashed blocks of {hash_tokens} tokens: "
-            "set --block-size to a multiple of it"
+            f"vLLM matches prefixes by {hash_tokens} tokens and its blocks have {spec.block_size}: "
+            "leave --prefix-match-unit out"
+        )
+    if getattr(config, "needs_kv_cache_zeroing", False):
+        # Zeroes are written before any hook could put stores of those blocks first.
+        raise kvortex.UnsupportedError(
+            "vLLM zeroes this model's blocks before it uses them, which KVortex cannot order: "
+            "use one dtype for the whole KV cache, or start vLLM without the connector"
         )
     return CacheLayout(
         layers=specs,
         num_blocks=config.num_blocks,
         block_tokens=spec.block_size,
-        hash_tokens=hash_tokens,
         block_size_bytes=sum(page_bytes(layer) for layer in specs.values()),
         replicated=all(isinstance(layer, MLAAttentionSpec) for layer in specs.values()),
     )

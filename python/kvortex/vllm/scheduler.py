@@ -7,12 +7,11 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from kvortex.vllm.identity import KEY, RequestKeys
+from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 
 if TYPE_CHECKING:
     from kvortex import Lease, RankPlanner
-    from kvortex.vllm.identity import KeySource
     from kvortex.vllm.layout import CacheLayout
     from kvortex.vllm.settings import LoadMode
 
@@ -65,10 +64,10 @@ class _Tracked:
 class SchedulerSide:
     """Answers the scheduler's questions from the index, and turns its decisions into plans."""
 
-    def __init__(self, planner: RankPlanner, layout: CacheLayout, keys: KeySource, load_mode: LoadMode) -> None:
+    def __init__(self, planner: RankPlanner, layout: CacheLayout, load_mode: LoadMode) -> None:
         self._planner = planner
         self._layout = layout
-        self._source = keys
+        self._source = KeySource()
         self._load_mode = load_mode
         self._block_tokens = layout.block_tokens
         self._tracked: dict[str, _Tracked] = {}
@@ -77,6 +76,8 @@ class SchedulerSide:
         self._running = 0
         self._loading: dict[bytes, tuple[int, float]] = {}
         """First key of each load in the background: its ticket, and until when others wait for it."""
+        self._held: dict[str, int] = {}
+        """Blocks of requests that load, or have loaded, in the background and were not scheduled since."""
         self._ready = False
         self._refused = False
         self.hit_tokens = 0
@@ -113,8 +114,7 @@ class SchedulerSide:
             return 0, False
         tracked.lease = lease
         self._offers.append(tracked)
-        bytes_ = len(lease) * self._layout.block_size_bytes
-        tracked.background = self._load_mode.is_background(bytes_, self._running)
+        tracked.background = self._is_background(first, len(lease))
         return len(lease) * self._block_tokens, tracked.background
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -138,6 +138,7 @@ class SchedulerSide:
         self.hit_tokens += num_external_tokens
         if tracked.background:
             tracked.loading = ticket
+            self._held[request.request_id] = tracked.local + count
             self._announce(tracked, ticket, count)
 
     def build(self, output: Any) -> KVortexMetadata:
@@ -150,6 +151,7 @@ class SchedulerSide:
             if tracked is None:
                 continue
             tracked.blocks = list(new.block_ids[0])
+            self._held.pop(new.req_id, None)
             step.written.extend(tracked.blocks[tracked.local :])
             tokens = new.num_computed_tokens + scheduled[new.req_id]
             if tokens >= tracked.next_full:
@@ -178,6 +180,7 @@ class SchedulerSide:
                 if name in resumed:
                     # The table is new, and everything in it was computed or found since.
                     tracked.blocks, tracked.keeps = list(ids), True
+                    self._held.pop(name, None)
                     tracked.start_over(self._block_tokens)
                     step.written.extend(ids[tracked.local :])
                 else:
@@ -192,6 +195,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return None
+        self._held.pop(request.request_id, None)
         self._end_lease(tracked)
         self._poll()
         return tracked.loading
@@ -243,6 +247,14 @@ class SchedulerSide:
             for tracked in self._tracked.values():
                 if tracked.loading == ticket:
                     tracked.loading, tracked.loads = None, ok
+
+    def _is_background(self, local: int, count: int) -> bool:
+        """Whether to load ``count`` blocks, beyond ``local`` that the engine has, beside the steps."""
+        mode = self._load_mode
+        held = sum(self._held.values()) + local + count
+        if mode.held_blocks is not None and held > mode.held_blocks:
+            return False
+        return mode.is_background(count * self._layout.block_size_bytes, self._running)
 
     def _announce(self, tracked: _Tracked, ticket: int, count: int) -> None:
         key = tracked.keys.packed[tracked.local * KEY : (tracked.local + 1) * KEY]

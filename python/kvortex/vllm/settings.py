@@ -24,6 +24,8 @@ class LoadMode:
 
     name: str
     """``auto``, ``sync`` (inside) or ``async`` (beside)."""
+    held_blocks: int | None = None
+    """The most blocks that requests may hold which were loaded beside the steps and wait for their turn."""
 
     def is_background(self, nbytes: int, running: int) -> bool:
         """Whether to load ``nbytes`` beside the steps of ``running`` requests."""
@@ -36,15 +38,16 @@ class LoadMode:
         return 0.05 + 2 * nbytes / ASSUMED_BYTES_PER_S
 
 
-def read(extra: Mapping[str, object], *, background_is_safe: bool) -> tuple[KVortexConfig, LoadMode]:
-    """The configuration in ``extra``. ``auto`` means ``sync`` where the engine reuses blocks of aborted loads.
+def read(extra: Mapping[str, object], held_blocks: int | None) -> tuple[KVortexConfig, LoadMode]:
+    """The configuration in ``extra``. ``auto`` means ``sync`` for an engine that reserves no room for loads.
 
-    Raises ConfigError for what is unknown or cannot work.
+    ``held_blocks`` is None for an engine that does, else what it can spare. Raises ConfigError for what is unknown or
+    cannot work.
     """
     knobs = dict(extra)
     mode = str(knobs.pop("load_mode", "auto")).strip().lower()
     if mode not in MODES:
         raise ConfigError(f"load_mode = {mode!r}: give one of {', '.join(MODES)}")
-    if mode == "auto" and not background_is_safe:
+    if mode == "auto" and held_blocks is not None:
         mode = "sync"
-    return KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs}), LoadMode(mode)
+    return KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs}), LoadMode(mode, held_blocks)

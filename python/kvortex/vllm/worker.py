@@ -28,6 +28,7 @@ class WorkerSide:
         self._step: KVortexMetadata | None = None
         self._fenced = self._loaded = self._stored = True
         self._background: dict[int, Load] = {}
+        self._unstarted: list[int] = []
         self._aborted: set[str] = set()
         self._errors: set[int] = set()
 
@@ -62,8 +63,8 @@ class WorkerSide:
             try:
                 self._mover.load_later(load.ticket, load.slots, blocks)
             except Exception:
-                # It counts as failed, and comes back as such from the mover.
                 log.exception("load %d did not start", load.ticket)
+                self._unstarted.append(load.ticket)
 
     def computes(self) -> None:
         """A layer is about to be computed. Raises if a load inside the step was left out."""
@@ -108,7 +109,8 @@ class WorkerSide:
             self._aborted |= finished_req_ids & {load.request_id for load in self._background.values()}
         sent: set[str] = set()
         received: set[str] = set()
-        for ticket, ok in self._mover.ended_later():
+        unstarted, self._unstarted = [(ticket, False) for ticket in self._unstarted], []
+        for ticket, ok in unstarted + self._mover.ended_later():
             load = self._background.pop(ticket, None)
             if load is None:
                 continue

@@ -101,9 +101,8 @@ impl CopyEngine for HostCopy {
         let accepted = Accepted::new(&self.crew)?;
         let entry = Unfinished::enter(&self.unfinished, &transfer);
         let report: Done = Box::new(move |result| {
-            // Declared first, so that it is dropped last, also if `done` panics.
-            let _accepted = accepted;
-            drop(entry);
+            // Declared first, so that they are dropped last, also if `done` panics.
+            let (_accepted, _entry) = (accepted, entry);
             done(result);
         });
         self.crew.hand_over(Arc::new(Job::new(Arc::new(transfer), self.threads(), report)))
@@ -197,6 +196,7 @@ mod tests {
     use crate::copy::suite;
 
     use std::ops::Range;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc;
 
     use crate::copy::suite::{HostWorld, load, load_into};
@@ -250,6 +250,24 @@ mod tests {
                 assert!(engine.stop(Duration::from_secs(10)));
             }
         }
+    }
+
+    #[test]
+    fn a_fence_waits_for_the_copies_of_its_pages_and_for_no_others() {
+        fn slow(transfer: &Transfer, steps: Range<usize>, bytes: Range<usize>) {
+            std::thread::sleep(Duration::from_millis(50));
+            transfer.copy(steps, bytes);
+        }
+        let engine = HostCopy::with_copier(2, slow);
+        let (region, other) = (Region::from_vec(vec![0; 4096]), Region::from_vec(vec![0; 4096]));
+        let ended = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&ended);
+        engine.submit(load_into(&HostWorld, &region), Box::new(move |_| flag.store(true, Ordering::SeqCst))).unwrap();
+        engine.fence(RawStream(0), &Pages::contiguous(other, 1).unwrap()).unwrap();
+        assert!(!ended.load(Ordering::SeqCst), "other pages");
+        engine.fence(RawStream(0), &Pages::contiguous(region.clone(), 1).unwrap()).unwrap();
+        assert!(ended.load(Ordering::SeqCst), "its end was told before");
+        engine.fence(RawStream(0), &Pages::contiguous(region, 1).unwrap()).unwrap();
     }
 
     #[test]

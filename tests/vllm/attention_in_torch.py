@@ -18,7 +18,7 @@ def metadata(*_args, **_kwargs):
     return torch.zeros(1)
 
 
-def store(key, value, key_cache, value_cache, slot_mapping, _isa):
+def store(key, value, key_cache, value_cache, slot_mapping, isa):
     """Writes new keys and values, shape (tokens, heads, size), into caches (blocks, heads, block size, size)."""
     block_size, used = key_cache.shape[2], slot_mapping >= 0
     blocks, offsets = slot_mapping[used] // block_size, slot_mapping[used] % block_size
@@ -35,7 +35,7 @@ def gathered(cache, blocks, length, repeats):
 
 def attention(
     query, key_cache, value_cache, output, query_start_loc, seq_lens, scale, causal, alibi_slopes, sliding_window,
-    block_table, softcap, _scheduler_metadata, s_aux,
+    block_table, softcap, scheduler_metadata, s_aux,
 ):  # fmt: skip
     """Attention of each request's new tokens over all of its positions."""
     assert causal

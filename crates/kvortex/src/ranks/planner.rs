@@ -79,7 +79,7 @@ impl RankPlanner {
     /// one where all would store the same bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when the board has a planner.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when the board has a planner.
     pub fn new(board: RankBoard, seat: Seat, storing: usize, (watermark, ratio): (f64, f64)) -> Result<Self> {
         board.sit_down(None)?;
         let slots = SlotPool::new(seat.slots);
@@ -104,7 +104,7 @@ impl RankPlanner {
     /// Whether every rank is there and has what this planner counts on. Nothing must be promised before.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] when a rank has something else.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when a rank has something else.
     pub fn is_ready(&self) -> Result<bool> {
         self.board.agrees(&self.seat)
     }
@@ -112,7 +112,7 @@ impl RankPlanner {
     /// Leases the longest prefix of `keys` that is there.
     ///
     /// # Errors
-    /// [`Error::Forked`].
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn lease_prefix(&self, keys: Keys<'_>) -> Result<Lease> {
         self.owner.check()?;
         Ok(self.planner.index().lease_prefix(keys))
@@ -121,7 +121,7 @@ impl RankPlanner {
     /// Plans to load the blocks of `lease`, which is held until every rank has them, inside a step or in the background.
     ///
     /// # Errors
-    /// [`Error::Forked`].
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn plan_load(&self, lease: Lease, background: bool) -> Result<(RankTicket, Vec<SlotId>)> {
         self.owner.check()?;
         let slots = lease.slots().to_vec();
@@ -135,7 +135,7 @@ impl RankPlanner {
     /// they were computed from has succeeded: those of `rests_on`, and all inside steps that have not ended.
     ///
     /// # Errors
-    /// [`Error::Forked`].
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn plan_store(&self, keys: Keys<'_>, rests_on: &[RankTicket]) -> Result<Stored> {
         self.owner.check()?;
         let mut book = self.book.lock();
@@ -157,7 +157,7 @@ impl RankPlanner {
     /// Looks at the board, makes visible what may be, and tells which loads have ended. Costs a few reads when nothing has.
     ///
     /// # Errors
-    /// [`Error::Forked`].
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn poll(&self) -> Result<Vec<Ended>> {
         self.owner.check()?;
         let mut book = self.book.lock();
@@ -180,7 +180,7 @@ impl RankPlanner {
     /// Forgets every block and returns how many were visible; what is being stored never becomes visible.
     ///
     /// # Errors
-    /// [`Error::Forked`].
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn reset(&self) -> Result<usize> {
         self.owner.check()?;
         Ok(self.planner.index().clear())

@@ -120,9 +120,9 @@ def corrupted(engine, prompt):
     side = get_kv_transfer_group()._worker
     load = side.load
 
-    def spoiled():
+    def spoiled(forward_context=None):
         ids = [block for one in side._step.loads for block in one.blocks]
-        load()
+        load(forward_context)
         for cache in engine.runner.kv_caches:
             dim = next(dim for dim, size in enumerate(cache.shape) if size == side._cache.num_blocks)
             if ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
@@ -146,6 +147,7 @@ class KVortexConnector(KVConnectorBase_V1):
         rank = _rank()
         place = next(iter(kv_caches.values())).device
         device = f"cuda:{place.index or 0}" if place.type == "cuda" else "none"
+        start = time.perf_counter()
         mover = RankMover(
             KVortexConfig.of(self._config, device=device),
             self._engine_id,
@@ -155,17 +157,22 @@ class KVortexConnector(KVConnectorBase_V1):
             namespace=self._namespace,
         )
         log.info(
-            "KVortex rank %d of %d: %s, %d bytes of %s memory, copies to %s by %s, namespace %s",
+            "KVortex rank %d of %d: %s, %d bytes of %s memory in %.2f s, copies to %s by %s, namespace %s",
             rank,
             self._ranks,
             cache,
             self._config.cpu_pool_size_bytes,
             "page-locked" if mover.pinned else "plain",
+            time.perf_counter() - start,
             place,
             self._config.copy_method if device != "none" else "the CPU",
             self._namespace.hex()[:16],
         )
-        self._worker = WorkerSide(mover, cache, finishes_aborted_by_sending=self._frees_aborted)
+        hooks = None
+        if device != "none" and self._vllm.speculative_config is None:
+            # A drafter's layers run with their hooks in some steps and inside a graph in others.
+            hooks = layouts.layer_hooks(self._layout, kv_caches, cache)
+        self._worker = WorkerSide(mover, cache, hooks, finishes_aborted_by_sending=self._frees_aborted)
 
     def handle_preemptions(self, arg: Any) -> None:
         """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
@@ -182,11 +189,11 @@ class KVortexConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Starts the loads of the step."""
-        self._of_worker.load()
+        self._of_worker.load(forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Checks that ``start_load_kv`` was called: when it returns, loads are in place or ordered before the pass."""
-        self._of_worker.computes()
+        """Puts the layer's part of the step's loads, where they are not awaited as a whole, before its computation."""
+        self._of_worker.computes(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Blocks are stored whole, after the pass."""

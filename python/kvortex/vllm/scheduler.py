@@ -96,8 +96,9 @@ class SchedulerSide:
     def _lookup(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tracked = self._track(request)
         tracked.local = first = num_computed_tokens // self._block_tokens
-        # At least one token is left to be computed.
-        end = (request.num_tokens - 1) // self._block_tokens
+        # At least two tokens are left to be computed: a step of one token is a full CUDA graph, before which whole
+        # loads are awaited.
+        end = max(0, request.num_tokens - 2) // self._block_tokens
         self._end_lease(tracked)
         if not self._is_ready():
             return 0, False

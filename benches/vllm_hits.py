@@ -65,18 +65,31 @@ class Clock:
     BEFORE = ("get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta")
 
     def __init__(self, scheduler_side, worker_side):
-        self.own, self.started = 0.0, None
+        import torch
+
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.reset()
         for name in self.BEFORE:
             self._wrap(scheduler_side, name)
         for name in ("handle_preemptions", "bind_connector_metadata"):
             self._wrap(worker_side, name)
-        start = worker_side.start_load_kv
+        start, save = worker_side.start_load_kv, worker_side.wait_for_save
 
         def start_load_kv(*args, **kwargs):
+            first = self.started is None
             self.started = self.started or time.perf_counter()
-            return start(*args, **kwargs)
+            if first:
+                self.events[0].record()
+            start(*args, **kwargs)
+            self.submitting = self.submitting or time.perf_counter() - self.started
 
-        worker_side.start_load_kv = start_load_kv
+        def wait_for_save():
+            if self.enqueued is None and self.started is not None:
+                self.events[1].record()
+                self.enqueued = time.perf_counter() - self.started
+            save()
+
+        worker_side.start_load_kv, worker_side.wait_for_save = start_load_kv, wait_for_save
 
     def _wrap(self, side, name):
         method = getattr(side, name)
@@ -92,7 +105,12 @@ class Clock:
         setattr(side, name, timed)
 
     def reset(self):
-        self.own, self.started = 0.0, None
+        self.own, self.started, self.submitting, self.enqueued = 0.0, None, None, None
+
+    def timeline(self):
+        """Milliseconds of the first step: hooks before the load, submitting it, all of the host's work, the GPU's."""
+        on_gpu = self.events[0].elapsed_time(self.events[1])
+        return [round(ms, 2) for ms in (self.own * 1e3, self.submitting * 1e3, self.enqueued * 1e3, on_gpu)]
 
 
 class Engine:
@@ -232,6 +250,7 @@ def hit_row(engine, length, link):
     _, cold, _ = engine.ask([prompt], 1)
     digests = engine.digests(length)
     warms = [engine.ask([prompt], 1)[1] for _ in range(REPEATS)]
+    warm_line = None if engine.clock is None else engine.clock.timeline()
     wanted = engine.ask([prompt], TOKENS)[0]
     row = {
         "tokens": length,
@@ -246,6 +265,7 @@ def hit_row(engine, length, link):
         _, seconds, (loaded,) = engine.ask([prompt], 1)
         hits.append(seconds)
         until.append(engine.until_load)
+        timeline = engine.clock.timeline()
         cached.add(loaded)
         same_bytes &= bool((engine.digests(length) == digests).all())
     engine.drop()
@@ -261,7 +281,7 @@ def hit_row(engine, length, link):
     row |= {
         "hit_ms": statistics.median(hits) * 1e3, "hit_min_ms": min(hits) * 1e3, "hit_max_ms": max(hits) * 1e3,
         "t0_ms": t0 * 1e3, "limit_ms": limit * 1e3, "over_limit": (statistics.median(hits) - t0) / limit,
-        "loaded": sorted(cached), "same_tokens": found == wanted, "same_bytes": same_bytes,
+        "timeline": timeline, "warm_timeline": warm_line, "loaded": sorted(cached), "same_tokens": found == wanted, "same_bytes": same_bytes,
         "partial_loaded": partial_hit, "partial_without": none, "partial_same": partial == computed,
     }  # fmt: skip
     return row
@@ -330,20 +350,23 @@ def decode_row(engine, running=32, length=30000, count=4):
     engine.drop()
     core, loading = engine.llm.llm_engine, engine.scheduler.connector._scheduler._loading
     for n in range(running):
-        core.add_request(f"9{n:03}", {"prompt_token_ids": prompt_of(5000 + n, 512)}, sampling(600))
-    steps = [timed_step(core, loading) for _ in range(40)][40:]
+        core.add_request(f"9{n:03}", {"prompt_token_ids": prompt_of(5000 + n, 512)}, sampling(900))
+    for _ in range(40):
+        core.step()
+    alone, beside = [], []
     for n, prompt in enumerate(prompts):
-        steps += [timed_step(core, loading) for _ in range(40)]
+        alone += [timed_step(core, loading)[0] for _ in range(50)]
         core.add_request(f"8{n:03}", {"prompt_token_ids": prompt}, sampling(1))
-        steps += [timed_step(core, loading) for _ in range(40)]
+        beside += [seconds for seconds, loads in (timed_step(core, loading) for _ in range(50)) if loads]
+        for _ in range(10):
+            core.step()
     core.abort_request([f"9{n:03}" for n in range(running)])
     while core.has_unfinished_requests():
         core.step()
     row = {}
-    for name, wanted in (("alone", False), ("beside", True)):
-        times = [seconds * 1e3 for seconds, beside in steps if beside == wanted]
-        row |= {f"{name}_tokens": len(times) * running, f"{name}_p50_ms": statistics.median(times)}
-        row[f"{name}_p99_ms"] = statistics.quantiles(times, n=100)[98]
+    for name, times in (("alone", alone), ("beside", beside)):
+        row |= {f"{name}_tokens": len(times) * running, f"{name}_p50_ms": statistics.median(times) * 1e3}
+        row[f"{name}_p99_ms"] = statistics.quantiles(times, n=100)[98] * 1e3
     return row | {"ratio": row["beside_p99_ms"] / row["alone_p99_ms"]}
 
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["LayerHooks"]
 
 
+PART_BYTES = 32 << 20
+"""Parts are at least this large: each costs some calls of the driver, which a small load would feel."""
+
+
 class LayerHooks:
     """The hooks of single layers, which a replayed full CUDA graph does not call.
 
@@ -18,14 +22,13 @@ class LayerHooks:
     earlier load, awaited as a whole, was followed by the hooks of its step. What had no hook then is awaited up front.
     """
 
-    def __init__(self, part_of: Mapping[str, int], part_bytes: Sequence[int]) -> None:
-        """``part_of`` has the part of each layer's blocks, ``part_bytes`` the bytes of each part of a block."""
-        self.ends = [sum(part_bytes[: index + 1]) for index in range(len(part_bytes))]
-        """Byte of a block at which each part ends."""
-        self._part_of = part_of
+    def __init__(self, order: Mapping[str, int], layer_bytes: Sequence[int]) -> None:
+        """``order`` has the place of each layer in a block, ``layer_bytes`` the bytes of each place."""
+        self._order = order
+        self._ends = [sum(layer_bytes[: index + 1]) for index in range(len(layer_bytes))]
         self._known: frozenset[int] = frozenset()
         self._ran: set[int] = set()
-        self._split: list[Parts] = []
+        self._split: list[_Split] = []
         self._teaches = False
 
     def begin(self) -> None:
@@ -40,32 +43,56 @@ class LayerHooks:
         self._teaches = by_layers and not self._known
         return by_layers and len(self._known) > 1
 
-    def split(self, parts: Parts) -> None:
+    def layers_together(self, blocks: int) -> int:
+        """How many layers make up one part of a load of ``blocks`` blocks."""
+        nbytes = blocks * self._ends[-1]
+        return min(len(self._ends), -(-PART_BYTES * len(self._ends) // nbytes))
+
+    def ends(self, together: int) -> list[int]:
+        """Byte of a block at which each part of ``together`` layers ends."""
+        inner = self._ends[together - 1 :: together]
+        return inner if inner and inner[-1] == self._ends[-1] else [*inner, self._ends[-1]]
+
+    def split(self, parts: Parts, together: int) -> None:
         """A load was started in these parts."""
-        self._split.append(parts)
-        for index in range(len(self.ends)):
+        started = _Split(parts, together)
+        self._split.append(started)
+        for index in range(len(self._ends)):
             if index not in self._known:
-                parts.hold(index)
+                started.hold(index)
 
     def computes(self, layer: str) -> None:
         """A layer is about to be computed: what it reads comes first."""
-        index = self._part_of.get(layer)
+        index = self._order.get(layer)
         if index is None or index in self._ran:
             return
         self._ran.add(index)
-        if index in self._known:
-            for parts in self._split:
-                parts.hold(index)
+        for started in self._split:
+            started.hold(index)
 
     def end(self) -> None:
         """The pass is enqueued. Raises RuntimeError if it did not wait for a layer's load."""
         missed = self._known - self._ran
         if self._split and missed:
-            names = sorted(name for name, index in self._part_of.items() if index in missed)
+            names = sorted(name for name, index in self._order.items() if index in missed)
             raise RuntimeError(f"vLLM computed layers {names} without calling their hooks: what they read is wrong")
         if self._teaches:
             self._known = frozenset(self._ran)
         self.begin()
+
+
+class _Split:
+    """A load that is awaited in parts, each once."""
+
+    def __init__(self, parts: Parts, together: int) -> None:
+        self._parts, self._together = parts, together
+        self._held: set[int] = set()
+
+    def hold(self, layer: int) -> None:
+        part = layer // self._together
+        if part not in self._held:
+            self._parts.hold(part)
+            self._held.add(part)
 
 
 def _runs_by_layers(forward_context: Any) -> bool:

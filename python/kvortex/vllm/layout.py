@@ -117,15 +117,15 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
 def layer_hooks(layout: CacheLayout, kv_caches: Mapping[str, Any], cache: PagedCache) -> LayerHooks | None:
     """What loads of ``cache`` by layers need; None if its blocks are not one tensor for each layer."""
     places: dict[tuple[int, tuple[int, ...]], int] = {}
-    part_of: dict[str, int] = {}
+    order: dict[str, int] = {}
     sizes: list[int] = []
     for name, tensor in kv_caches.items():
         index = places.setdefault((tensor.data_ptr(), tuple(tensor.stride())), len(places))
-        part_of[name] = index
+        order[name] = index
         if index == len(sizes) and name in layout.layers:
             sizes.append(page_bytes(layout.layers[name]))
     fits = len(sizes) == len(places) == len(cache.parts()) and sum(sizes) == cache.block_size_bytes
-    return LayerHooks(part_of, sizes) if fits else None
+    return LayerHooks(order, sizes) if fits else None
 
 
 def _aliases(tensor: torch.Tensor, kv_caches: Mapping[str, Any], layout: CacheLayout) -> bool:

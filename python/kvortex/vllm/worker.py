@@ -83,9 +83,10 @@ class WorkerSide:
         if hooks is None:
             self._mover.load(load.ticket, load.slots, blocks)
             return
-        parts = Parts(hooks.ends)
+        together = hooks.layers_together(len(load.blocks))
+        parts = Parts(hooks.ends(together))
         self._mover.load(load.ticket, load.slots, blocks, parts=parts)
-        hooks.split(parts)
+        hooks.split(parts, together)
 
     def computes(self, layer: str) -> None:
         """``layer`` is about to be computed. Raises if a load inside the step was left out."""

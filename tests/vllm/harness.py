@@ -53,8 +53,6 @@ class Options:
     """Which model runner calls the connector."""
     load_mode: str = "sync"
     steps: int = 300
-    blocks: int = 40
-    slots: int = 60
     load_failures: float = 0.0
     store_failures: float = 0.0
     layout: str = "NHD"
@@ -97,7 +95,6 @@ def vllm_config(model, options):
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={
-            "cpu_pool_size_bytes": options.slots * 4096,
             "load_mode": options.load_mode,
             "num_transfer_streams": 1,
             "huge_pages": False,
@@ -118,21 +115,20 @@ def vllm_config(model, options):
     )
     config = args.create_engine_config()
     config.cache_config.block_size = BLOCK
-    config.cache_config.num_gpu_blocks = options.blocks
     return config
 
 
-def kv_cache_config(options):
-    """One group of two layers."""
+def kv_cache_config(blocks):
+    """One group of layers."""
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32)
     page = spec.page_size_bytes
     if NEW:
-        size = page * options.blocks
+        size = page * blocks
         tensors = [KVCacheTensor(size=size * len(LAYERS), layers=list(LAYERS), layer_stride=size, block_stride=page)]
     else:
-        tensors = [KVCacheTensor(size=page * options.blocks, shared_by=[layer]) for layer in LAYERS]
+        tensors = [KVCacheTensor(size=page * blocks, shared_by=[layer]) for layer in LAYERS]
     return KVCacheConfig(
-        num_blocks=options.blocks, kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)]
+        num_blocks=blocks, kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)]
     )
 
 
@@ -157,7 +153,8 @@ class Run:
     def __init__(self, model, options, config=None):
         self.options, self.counts = options, Counts()
         self.order = ORDERS[options.order]
-        self.rng = random.Random(options.seed)
+        self.rng = random.Random(str(options))
+        self.blocks, self.slots = self.rng.choice((36, 44, 60)), self.rng.choice((30, 60, 120))
         self.device = Device(self.rng)
         self.lag, self.unread = self.order.ahead, []
         self.requests: dict[str, Tracked] = {}
@@ -166,7 +163,7 @@ class Run:
         documents = np.random.default_rng(options.seed)
         self.documents = [documents.integers(0, 50000, 320).tolist() for _ in range(4)]
         self._configure(config or vllm_config(model, options))
-        caches = kv_cache_config(options)
+        caches = kv_cache_config(self.blocks)
         self.scheduler = (AsyncScheduler if self.lag else Scheduler)(
             vllm_config=self.config,
             kv_cache_config=caches,
@@ -183,14 +180,14 @@ class Run:
             init_none_hash(HASH)
         config.kv_transfer_config.engine_id = f"harness-{os.getpid()}-{id(self)}"
         extra = config.kv_transfer_config.kv_connector_extra_config
-        extra.update(load_mode=options.load_mode, cpu_pool_size_bytes=options.slots * 4096)
+        extra.update(load_mode=options.load_mode, cpu_pool_size_bytes=self.slots * 4096)
         settings.SMALL_LOAD_BYTES = 3 * LAYER_BYTES * len(LAYERS)
-        config.cache_config.num_gpu_blocks = options.blocks
+        config.cache_config.num_gpu_blocks = self.blocks
 
     def _make_worker(self, caches):
         options = self.options
         self.connector = KVortexConnector(self.config, KVConnectorRole.WORKER, caches)
-        registered, views = kv_tensors(options.blocks, options.layout)
+        registered, views = kv_tensors(self.blocks, options.layout)
         with mock.patch.object(connectors, "_rank", return_value=0):
             self.connector.register_kv_caches(registered)
         self.side = self.connector._worker
@@ -205,7 +202,7 @@ class Run:
 
     def _make_scratch(self):
         """As many blocks in host memory that no engine uses."""
-        tensors, views = kv_tensors(self.options.blocks, self.options.layout)
+        tensors, views = kv_tensors(self.blocks, self.options.layout)
         blocks_first = NEW or self.options.layout != "NHD"
         return PagedCache([one if blocks_first else one.movedim(1, 0) for one in tensors.values()]), views
 
@@ -244,7 +241,7 @@ class Run:
             self._add()
         if rng.random() < 0.03 and self.scheduler.requests:
             self._abort(rng.choice(sorted(self.scheduler.requests)))
-        if rng.random() < 0.01:
+        if rng.random() < 0.03:
             self._reset(rng.random() < 0.3)
         elif rng.random() < 0.06:
             self.scheduler.reset_prefix_cache()
@@ -257,6 +254,15 @@ class Run:
         # vLLM itself does not do it while blocks are held for a load.
         with contextlib.suppress(RuntimeError):
             self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=reset_connector)
+        if self.lag and not NEW:
+            self._keep_tokens()
+
+    def _keep_tokens(self):
+        """0.15.1, one step ahead, drops the next token of all requests that a reset preempts, whether or not it is one
+        of those under way that it means to drop.
+        """
+        for name, request in self.scheduler.requests.items():
+            request.discard_latest_async_tokens &= any(out.samples.get(name) for out, *_ in self.unread)
 
     def _add(self):
         rng = self.rng
@@ -325,7 +331,7 @@ class Run:
         self._step()
         self.read_back()
         free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        assert free == self.options.blocks - 1, f"{self.options.blocks - 1 - free} pages leaked"
+        assert free == self.blocks - 1, f"{self.blocks - 1 - free} pages leaked"
         stats = self.planner.get_stats()
         assert (stats["in_flight"], stats["leased_blocks"]) == (0, 0), stats
         self.counts.hit_tokens = self.scheduler.connector._scheduler.hit_tokens

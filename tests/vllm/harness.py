@@ -239,8 +239,9 @@ class Run:
         rng = self.rng
         if rng.random() < 0.3 and len(self.scheduler.requests) < 12:
             self._add()
-        if rng.random() < 0.03 and self.scheduler.requests:
-            self._abort(rng.choice(sorted(self.scheduler.requests)))
+        if rng.random() < 0.03:
+            names = sorted(self.scheduler.requests)
+            self._abort(rng.sample(names, min(len(names), rng.randrange(1, 4))))
         if rng.random() < 0.03:
             self._reset(rng.random() < 0.3)
         elif rng.random() < 0.06:
@@ -277,10 +278,10 @@ class Run:
         self.requests[name] = Tracked(request)
         self.scheduler.add_request(request)
 
-    def _abort(self, name):
-        if not self.scheduler.requests[name].is_finished():
-            self.counts.aborted += 1
-            self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    def _abort(self, names):
+        names = [name for name in names if not self.scheduler.requests[name].is_finished()]
+        self.counts.aborted += len(names)
+        self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
 
     def _step(self):
         out = self.scheduler.schedule()

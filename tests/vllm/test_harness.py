@@ -51,10 +51,11 @@ def test_no_position_is_ever_wrong(config, model_folder, order, mode, layout, re
     # The device was behind the host, and what was put in order needed it.
     assert totals["furthest_behind"] > 10 * SEEDS
     assert totals["waited"] > 20 * SEEDS
-    is_background = mode == "async" or (mode == "auto" and NEW)
-    assert (totals["background"] > SEEDS) == is_background
-    assert (totals["in_step"] > SEEDS) == (mode != "async")
-    assert (totals["layerwise"] > SEEDS) == (mode != "async" and HAS_PARTS)
+    assert (totals["background"] > SEEDS) == (mode == "async" or (mode == "auto" and NEW))
+    # 0.15 has room for few loads in the background; the others are inside the steps.
+    is_in_step = mode != "async" or not NEW
+    assert (totals["in_step"] > 3 * SEEDS) == is_in_step
+    assert (totals["layerwise"] > SEEDS) == (is_in_step and HAS_PARTS)
     if mode == "async":
         assert totals["failed_loads"] > SEEDS / 2
 

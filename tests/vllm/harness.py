@@ -209,14 +209,14 @@ class Run:
     def go(self):
         """Runs the schedule to its end; raises Wrong or AssertionError with the seed in it."""
         try:
-            with self._virtual():
+            with self.virtual():
                 self._go()
         except Exception as error:
             raise type(error)(f"{self.options}: {error}") from error
         return self.counts
 
     @contextlib.contextmanager
-    def _virtual(self):
+    def virtual(self):
         """While the connector sees the time and the streams of the device."""
         clock = SimpleNamespace(monotonic=lambda: self.device.now)
         with contextlib.ExitStack() as stack:
@@ -229,13 +229,14 @@ class Run:
 
     def _go(self):
         for step in range(self.options.steps):
-            self._disturb()
-            self._step()
+            self.disturb()
+            self.step()
             if step % 50 == 49:
                 self.read_back()
         self._drain()
 
-    def _disturb(self):
+    def disturb(self):
+        """Whatever may happen between two steps."""
         rng = self.rng
         if rng.random() < 0.3 and len(self.scheduler.requests) < 12:
             self._add()
@@ -279,11 +280,13 @@ class Run:
         self.scheduler.add_request(request)
 
     def _abort(self, names):
-        names = [name for name in names if not self.scheduler.requests[name].is_finished()]
-        self.counts.aborted += len(names)
-        self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+        for name in names:
+            if not self.scheduler.requests[name].is_finished():
+                self.counts.aborted += 1
+                self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
-    def _step(self):
+    def step(self):
+        """The scheduler schedules, the worker executes, the scheduler learns what came of it."""
         out = self.scheduler.schedule()
         requests = self.scheduler.requests
         if NEW:
@@ -324,12 +327,12 @@ class Run:
             if not self.scheduler.requests:
                 break
             self.device.pass_time()
-            self._step()
+            self.step()
         assert not self.scheduler.requests, f"requests never end: {sorted(self.scheduler.requests)}"
         self.lag = 0
-        self._step()
+        self.step()
         self.device.wait_for_all()
-        self._step()
+        self.step()
         self.read_back()
         free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         assert free == self.blocks - 1, f"{self.blocks - 1 - free} pages leaked"

@@ -5,7 +5,7 @@ Read in 0.15.1, 0.25.1 and 0.32.0. What a runner gives to the GPU is enqueued, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 WORDS = 2 * HEADS * SIZE
+METADATA = dict.fromkeys(LAYERS, "how its attention is computed")
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,20 @@ class Order:
     """``wait_for_save`` comes also when nothing is computed."""
     is_v2: bool = False
     """Model Runner V2: a full graph is replayed outside any forward context."""
+    tells_of_the_batch: bool = False
+    """``start_load_kv`` is, and ``finish_forward`` comes after the pass."""
     ahead: int = 0
     """Steps that the scheduler is ahead of what it knows."""
 
 
 OLD = Order(fences_every_step=False, loads_late=False, saves_when_empty=False)
-V2 = Order(is_v2=True, ahead=1)
 ORDERS = {
     "0.15-v1": OLD,
-    "0.15-v1-ahead": Order(fences_every_step=False, loads_late=False, saves_when_empty=False, ahead=1),
+    "0.15-v1-ahead": replace(OLD, ahead=1),
     "0.25-v2": Order(loads_late=False, saves_when_empty=False, is_v2=True, ahead=1),
     "0.32-v1": Order(),
     "0.32-v1-ahead": Order(ahead=1),
-    "0.32-v2": V2,
+    "0.32-v2": Order(is_v2=True, tells_of_the_batch=True, ahead=1),
 }
 FITTING = [name for name in ORDERS if name.startswith("0.15") != NEW]
 """Those that the scheduler which is installed works with."""
@@ -98,13 +100,13 @@ class ModelRunner:
         connector, order, is_step = self.connector, self.order, out.total_num_scheduled_tokens > 0
         connector.bind_connector_metadata(out.kv_connector_metadata)
         context, has_hooks = self._context() if is_step else (forward_context(None), False)
-        more = {"scheduler_output": out, "num_tokens": out.total_num_scheduled_tokens} if order == V2 else {}
+        more = {"scheduler_output": out} if order.tells_of_the_batch else {}
         loads_late = order.loads_late and not out.has_sync_kv_loads
         if not loads_late:
             connector.start_load_kv(context, **more)
         self.device.pass_time()
         sampled = self._forward(out, context, has_hooks) if is_step else {}
-        if order == V2:
+        if order.tells_of_the_batch:
             connector.finish_forward()
         if loads_late:
             connector.start_load_kv(context, **more)
@@ -125,8 +127,8 @@ class ModelRunner:
         kind = self.device.rng.choice(("eager", "piecewise", "piecewise", "full"))
         if kind == "full":
             self.counts.full_graphs += 1
-            return forward_context(*((None,) if self.order.is_v2 else ({}, CUDAGraphMode.FULL))), False
-        return forward_context({}, CUDAGraphMode.NONE if kind == "eager" else CUDAGraphMode.PIECEWISE), True
+            return (forward_context(None) if self.order.is_v2 else forward_context(METADATA, CUDAGraphMode.FULL)), False
+        return forward_context(METADATA, CUDAGraphMode.NONE if kind == "eager" else CUDAGraphMode.PIECEWISE), True
 
     def _output(self, out, sampled):
         connector = self.connector
@@ -183,18 +185,20 @@ class ModelRunner:
 
     def _attend(self, layer, batch):
         """One layer, when its turn comes: all write what they compute, then all read what they need."""
-        view = self.views[layer]
-        self._write(view, layer, batch)
-        found = view[batch.blocks, batch.offsets].reshape(-1, WORDS)
+        self._write(layer, batch)
+        self._check(layer, batch)
+
+    def _write(self, layer, batch):
+        view, words = self.views[layer], words_of(batch.chain[batch.is_new], layer)
+        view[batch.blocks[batch.is_new], batch.offsets[batch.is_new]] = words.reshape(-1, *view.shape[2:])
+
+    def _check(self, layer, batch):
+        found = self.views[layer][batch.blocks, batch.offsets].reshape(-1, WORDS)
         expected = words_of(batch.chain, layer)
         if not np.array_equal(found, expected):
             raise Wrong(batch.complaint((found != expected).any(axis=1), layer))
         if layer == 0:
             self.counts.checked += len(found)
-
-    def _write(self, view, layer, batch):
-        words = words_of(batch.chain[batch.is_new], layer)
-        view[batch.blocks[batch.is_new], batch.offsets[batch.is_new]] = words.reshape(-1, *view.shape[2:])
 
 
 class Batch:

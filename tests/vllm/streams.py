@@ -170,6 +170,11 @@ class StreamMover:
         last = partial(self._load_last_part, ticket, slots, blocks, layers[-1], given)
         parts.marks = self._submit(LOAD, blocks, [*first, last])
 
+    def fail_later(self, ticket, slots, blocks):
+        """As ``load``, of which nothing comes."""
+        (end,) = self._submit(LOAD, blocks, [partial(self._refuse, self.real.load, ticket, slots, blocks)])
+        self.compute.put(after=(end,))
+
     def fence(self, blocks):
         """As ``RankMover.fence``."""
         self.compute.put(after=self._ends(frozenset(blocks.block_ids), reads=False))

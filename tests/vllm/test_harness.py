@@ -66,6 +66,30 @@ def test_a_run_is_replayed_from_its_seed(config, model_folder):
     assert Run(model_folder, options, config).go() == Run(model_folder, options, config).go()
 
 
+@pytest.mark.parametrize("order", FITTING)
+def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(config, model_folder, monkeypatch, order):
+    logging.disable(logging.CRITICAL)
+    run = Run(model_folder, Options(0, order=order), config)
+    monkeypatch.setattr(run.mover, "load", lambda *load, parts=None: run.mover.fail_later(*load))
+    monkeypatch.setattr(run.worker, "_check", lambda *_: None)
+    with pytest.raises(RuntimeError, match="which a step was promised, failed"):
+        run.go()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", FITTING)
+def test_shutdown_ends_what_is_under_way(config, model_folder, order, mode):
+    logging.disable(logging.CRITICAL)
+    run = Run(model_folder, Options(0, order=order, **MODES[mode]), config)
+    with run.virtual():
+        while run.planner.get_stats()["in_flight"] < 2:
+            run.disturb()
+            run.step()
+        run.connector.shutdown()
+        run.planner.poll()
+    assert run.planner.get_stats()["in_flight"] == 0
+
+
 # Planted defects: each must be noticed, or the harness proves nothing.
 
 

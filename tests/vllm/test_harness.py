@@ -2,16 +2,18 @@
 
 import logging
 import os
-from array import array
 
 import harness
 import pytest
-from harness import NEW, Options, Run, Wrong
+import streams
+from harness import FITTING, HAS_PARTS, NEW, Options, Run, Wrong
+from rote import BLOCK, MASK, SALTS, chain_of, words_of
+from streams import LATER, LOAD, STORE
 
-SEEDS = int(os.environ.get("KVORTEX_VLLM_SEEDS", "20"))
+# Taken out of the environment, where the connector takes it for a knob that it does not know.
+SEEDS = int(os.environ.pop("KVORTEX_VLLM_SEEDS", "20"))
 LOSSES = {"load_failures": 0.2, "store_failures": 0.1}
 MODES = {"sync": {"load_mode": "sync"}, "async": {"load_mode": "async", **LOSSES}, "auto": {"load_mode": "auto"}}
-ORDERS = ["v1", "v2"] if NEW else ["v1"]
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,27 @@ def runs(config, model_folder, count=SEEDS, **options):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", FITTING)
 def test_no_position_is_ever_wrong(config, model_folder, order, mode, layout, record_property):
     totals = runs(config, model_folder, order=order, layout=layout, **MODES[mode])
     record_property("totals", str(totals))
     print(f"\n{order} {mode} {layout}: {totals}")
     assert totals["finished"] == totals["requests"] > 30 * SEEDS
     assert totals["hit_tokens"] > 300 * SEEDS
+    assert totals["checked"] > 100_000 * SEEDS
     assert totals["read_back"] > 100 * SEEDS
     assert totals["preempted"] > SEEDS
     assert totals["aborted"] > SEEDS
+    assert totals["resets"] > SEEDS
+    assert totals["full_graphs"] > 50 * SEEDS
+    # The device was behind the host, and what was put in order needed it.
+    assert totals["furthest_behind"] > 10 * SEEDS
+    assert totals["waited"] > 20 * SEEDS
     assert (totals["background"] > SEEDS) == (mode == "async" or (mode == "auto" and NEW))
+    # 0.15 has room for few loads in the background; the others are inside the steps.
+    is_in_step = mode != "async" or not NEW
+    assert (totals["in_step"] > 3 * SEEDS) == is_in_step
+    assert (totals["layerwise"] > SEEDS) == (is_in_step and HAS_PARTS)
     if mode == "async":
         assert totals["failed_loads"] > SEEDS / 2
 
@@ -52,6 +64,30 @@ def test_a_run_is_replayed_from_its_seed(config, model_folder):
     options = Options(7, **MODES["async"])
     logging.disable(logging.CRITICAL)
     assert Run(model_folder, options, config).go() == Run(model_folder, options, config).go()
+
+
+@pytest.mark.parametrize("order", FITTING)
+def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(config, model_folder, monkeypatch, order):
+    logging.disable(logging.CRITICAL)
+    run = Run(model_folder, Options(0, order=order), config)
+    monkeypatch.setattr(run.mover, "load", lambda *load, parts=None: run.mover.fail_later(*load))
+    monkeypatch.setattr(run.worker, "_check", lambda *_: None)
+    with pytest.raises(RuntimeError, match="which a step was promised, failed"):
+        run.go()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", FITTING)
+def test_shutdown_ends_what_is_under_way(config, model_folder, order, mode):
+    logging.disable(logging.CRITICAL)
+    run = Run(model_folder, Options(0, order=order, **MODES[mode]), config)
+    with run.virtual():
+        while run.planner.get_stats()["in_flight"] < 2:
+            run.disturb()
+            run.step()
+        run.connector.shutdown()
+        run.planner.poll()
+    assert run.planner.get_stats()["in_flight"] == 0
 
 
 # Planted defects: each must be noticed, or the harness proves nothing.
@@ -75,13 +111,13 @@ def promises_a_block_too_many(run, monkeypatch):
 
     def one_more(request, computed):
         tokens, later = lookup(request, computed)
-        room = request.num_tokens - 1 - computed - (tokens or 0) >= harness.BLOCK
-        return (tokens + harness.BLOCK if tokens and room else tokens), later
+        room = request.num_tokens - 1 - computed - (tokens or 0) >= BLOCK
+        return (tokens + BLOCK if tokens and room else tokens), later
 
     def taken(request, blocks, tokens):
         tracked = side._tracked[request.request_id]
-        if tracked.lease is not None and tokens > len(tracked.lease) * harness.BLOCK:
-            tokens -= harness.BLOCK
+        if tracked.lease is not None and tokens > len(tracked.lease) * BLOCK:
+            tokens -= BLOCK
         allocated(request, blocks, tokens)
 
     monkeypatch.setattr(side, "_lookup", one_more)
@@ -91,7 +127,7 @@ def promises_a_block_too_many(run, monkeypatch):
 def stores_before_full(run, monkeypatch):
     side = run.scheduler.connector._scheduler
     plan = side._plan_store
-    monkeypatch.setattr(side, "_plan_store", lambda full: plan([(one, tokens + harness.BLOCK) for one, tokens in full]))
+    monkeypatch.setattr(side, "_plan_store", lambda full: plan([(one, tokens + BLOCK) for one, tokens in full]))
     go_on = side._go_on
 
     def eager(cached, scheduled, step, full):
@@ -105,7 +141,7 @@ def stores_before_full(run, monkeypatch):
     monkeypatch.setattr(side, "_go_on", eager)
 
 
-def loads_without_the_barrier(run, monkeypatch):
+def computes_over_unfinished_stores(run, monkeypatch):
     monkeypatch.setattr(run.side, "fence", lambda: None)
 
 
@@ -125,59 +161,86 @@ def takes_errors_for_successes(run, monkeypatch):
 
 
 def publishes_failed_stores(run, monkeypatch):
-    carry_out = run.mover._carry_out
+    refuse, real = run.mover._refuse, run.mover.real
 
-    def all_well(method, ticket, slots, blocks, fails):
-        if fails and method == run.mover.real.store:
-            method(ticket, slots, run.side._cache.blocks(array("I", [0] * len(blocks))))
-            return
-        carry_out(method, ticket, slots, blocks, fails)
+    def all_well(method, ticket, slots, blocks):
+        if method == real.store:
+            real.store(ticket, slots, run.side._cache.blocks([0] * len(blocks)))
+        else:
+            refuse(method, ticket, slots, blocks)
 
-    monkeypatch.setattr(run.mover, "_carry_out", all_well)
+    monkeypatch.setattr(run.mover, "_refuse", all_well)
 
 
 def stores_upon_a_failed_load(run, monkeypatch):
     """A load fails unnoticed, and what was computed from it is stored: reading back must find it wrong."""
     monkeypatch.setattr(run.connector, "get_block_ids_with_load_errors", set)
-    monkeypatch.setattr(run.worker, "_check", lambda *_: None)
+
+    def attend(layer, batch):
+        for row in batch.rows:
+            _compute_from_what_is_there(run, layer, row)
+
+    monkeypatch.setattr(run.worker, "_attend", attend)
+
+
+def _compute_from_what_is_there(run, layer, row):
+    """As a model does: what is written follows from what is read; here, from the one position before."""
+    view, before = run.worker.views[layer], 0
+    if row.start > 0:
+        block, offset = divmod(row.start - 1, BLOCK)
+        before = int(view[row.table[block], offset].reshape(-1)[0] ^ SALTS[layer][0]) & MASK
+    tokens = [row.tracked.token(at) for at in range(row.start, row.end)]
+    view[row.places(row.start)] = words_of(chain_of(tokens, before), layer).reshape(-1, *view.shape[2:])
+
+
+def copies_without_waiting_for_compute(*lanes):
+    """The mover puts the copies of ``lanes`` on their stream without a mark of the engine's."""
+
+    def plant(run, monkeypatch):
+        waits = run.mover._waits
+
+        def fewer(lane, ids):
+            mark = run.mover.compute.mark()
+            return [other for other in waits(lane, ids) if lane not in lanes or other is not mark]
+
+        monkeypatch.setattr(run.mover, "_waits", fewer)
+
+    return plant
+
+
+def holds_all_layers_but_the_last(run, monkeypatch):
+    hold = streams.Parts.hold
     monkeypatch.setattr(
-        run.worker, "_write", lambda table, start, end, _: _write_from_what_is_there(run, table, start, end)
+        streams.Parts, "hold", lambda parts, index, **more: hold(parts, index) if index + 1 < len(parts) else None
     )
 
 
-def _write_from_what_is_there(run, table, start, end):
-    """As a model does: what is written follows from what is read; here, from the one position before."""
-    before, (first, *_) = 0, run.worker.views
-    if start > 0:
-        block, offset = divmod(start - 1, harness.BLOCK)
-        before = int(first[table[block], offset].reshape(-1)[0] ^ harness.SALTS[0][0]) & harness.MASK
-    name = next(name for name, other in run.worker.tables.items() if other is table)
-    chain = harness.chain_of(run.requests[name].request.all_token_ids[start:end], before)
-    for layer, view in enumerate(run.worker.views):
-        for at, words in enumerate(harness.words_of(chain, layer), start):
-            block, offset = divmod(at, harness.BLOCK)
-            view[table[block], offset] = words.reshape(view.shape[2:])
-
-
 PLANTED = {
-    "appends_on_resume": (appends_on_resume, "sync"),
-    "promises_a_block_too_many": (promises_a_block_too_many, "sync"),
-    "stores_before_full": (stores_before_full, "sync"),
-    "loads_without_the_barrier": (loads_without_the_barrier, "sync"),
-    "fences_after_the_write": (fences_after_the_write, "sync"),
-    "takes_errors_for_successes": (takes_errors_for_successes, "async"),
-    "publishes_failed_stores": (publishes_failed_stores, "async"),
-    "stores_upon_a_failed_load": (stores_upon_a_failed_load, "async"),
+    "appends on resume": (appends_on_resume, "sync"),
+    "promises a block too many": (promises_a_block_too_many, "sync"),
+    "stores a block before it is full": (stores_before_full, "sync"),
+    "stores without waiting for compute": (copies_without_waiting_for_compute(STORE), "sync"),
+    "loads over pages that are still computed with": (copies_without_waiting_for_compute(LOAD), "sync"),
+    "loads in the background over such pages": (copies_without_waiting_for_compute(LATER), "async"),
+    "computes over unfinished stores": (computes_over_unfinished_stores, "sync"),
+    "fences after the write": (fences_after_the_write, "sync"),
+    "holds all layers but the last": (holds_all_layers_but_the_last, "sync"),
+    "takes errors for successes": (takes_errors_for_successes, "async"),
+    "publishes failed stores": (publishes_failed_stores, "async"),
+    "stores upon a failed load": (stores_upon_a_failed_load, "async"),
 }
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("order", FITTING)
 @pytest.mark.parametrize("defect", PLANTED)
-def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect):
+def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect, order):
     plant, mode = PLANTED[defect]
+    if plant is holds_all_layers_but_the_last and not HAS_PARTS:
+        pytest.skip("the connector does not load layer by layer")
     logging.disable(logging.CRITICAL)
     for seed in range(20):
-        run = Run(model_folder, Options(seed, **MODES[mode]), config)
+        run = Run(model_folder, Options(seed, order=order, **MODES[mode]), config)
         with monkeypatch.context() as patch:
             plant(run, patch)
             try:
@@ -185,4 +248,4 @@ def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect):
             except Wrong as error:
                 print(f"\n{defect}: seed {seed}: {error}")
                 return
-    pytest.fail(f"nobody noticed that it {defect.replace('_', ' ')}")
+    pytest.fail(f"nobody noticed that it {defect}")

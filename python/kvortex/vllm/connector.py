@@ -121,8 +121,17 @@ class KVortexConnector(KVConnectorBase_V1):
 
         Only vLLM that does not wait for aborted loads is told to keep them until those have ended.
         """
-        loading = self._of_scheduler.finished(request)
-        return loading is not None and self._frees_aborted, None
+        is_loading = self._of_scheduler.finished(request)
+        return is_loading and self._frees_aborted, None
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the ranks report of a step, before vLLM looks at it."""
+        received = connector_output.finished_recving or set()
+        left = self._of_scheduler.reported(received)
+        if left and self._frees_aborted:
+            # This vLLM frees the blocks of a request that has ended when it is told that something was sent from them.
+            connector_output.finished_recving = received - left
+            connector_output.finished_sending = (connector_output.finished_sending or set()) | left
 
     def reset_cache(self) -> bool | None:
         """Forgets every block."""
@@ -172,7 +181,7 @@ class KVortexConnector(KVConnectorBase_V1):
         if device != "none" and self._vllm.speculative_config is None:
             # A drafter's layers run with their hooks in some steps and inside a graph in others.
             hooks = layouts.layer_hooks(self._layout, kv_caches, cache)
-        self._worker = WorkerSide(mover, cache, hooks, finishes_aborted_by_sending=self._frees_aborted)
+        self._worker = WorkerSide(mover, cache, hooks)
 
     def handle_preemptions(self, arg: Any) -> None:
         """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
@@ -206,8 +215,7 @@ class KVortexConnector(KVConnectorBase_V1):
         """Which loads beside the steps have ended."""
         worker = self._of_worker
         worker.end()
-        sent, received = worker.finished(finished_req_ids)
-        return sent or None, received or None
+        return None, worker.finished() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that must be computed after all."""

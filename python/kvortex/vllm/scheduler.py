@@ -76,6 +76,10 @@ class SchedulerSide:
         self._running = 0
         self._loading: dict[bytes, tuple[int, float]] = {}
         """First key of each load in the background: its ticket, and until when others wait for it."""
+        self._unreported: set[str] = set()
+        """Requests with a load in the background of whose end the engine has not heard from the ranks."""
+        self._left: set[str] = set()
+        """Those of them that have ended before."""
         self._held: dict[str, int] = {}
         """Blocks of requests that load, or have loaded, in the background and were not scheduled since."""
         self._ready = False
@@ -139,6 +143,7 @@ class SchedulerSide:
         self.hit_tokens += num_external_tokens
         if tracked.background:
             tracked.loading = ticket
+            self._unreported.add(request.request_id)
             self._held[request.request_id] = tracked.local + count
             self._announce(tracked, ticket, count)
 
@@ -191,15 +196,30 @@ class SchedulerSide:
             if tokens >= tracked.next_full:
                 full.append((tracked, tokens))
 
-    def finished(self, request: Any) -> int | None:
-        """The request has ended; the ticket of its load in the background, if that goes on."""
-        tracked = self._tracked.pop(request.request_id, None)
+    def finished(self, request: Any) -> bool:
+        """The request has ended. Whether the ranks will still report a load into its blocks.
+
+        The planner may know the load's end before; but a report comes for every load, and only once.
+        """
+        name = request.request_id
+        tracked = self._tracked.pop(name, None)
         if tracked is None:
-            return None
-        self._held.pop(request.request_id, None)
+            return False
+        self._held.pop(name, None)
         self._end_lease(tracked)
         self._poll()
-        return tracked.loading
+        if name not in self._unreported:
+            return False
+        self._unreported.remove(name)
+        self._left.add(name)
+        return True
+
+    def reported(self, names: set[str]) -> set[str]:
+        """The ranks report that the loads of ``names`` have ended; returns those of requests that had ended before."""
+        left = names & self._left
+        self._left -= left
+        self._unreported -= names
+        return left
 
     def reset(self) -> int:
         """Forgets every block and returns how many there were. What running requests have computed is never kept."""

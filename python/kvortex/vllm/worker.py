@@ -25,19 +25,15 @@ class WorkerSide:
     layer; stores come after it.
     """
 
-    def __init__(
-        self, mover: RankMover, cache: PagedCache, hooks: LayerHooks | None, *, finishes_aborted_by_sending: bool
-    ) -> None:
+    def __init__(self, mover: RankMover, cache: PagedCache, hooks: LayerHooks | None = None) -> None:
         """Without ``hooks`` loads inside a step are awaited as a whole."""
         self._mover = mover
         self._cache = cache
         self._hooks = hooks
-        self._by_sending = finishes_aborted_by_sending
         self._step: KVortexMetadata | None = None
         self._fenced = self._loaded = self._stored = True
         self._background: dict[int, Load] = {}
         self._unstarted: list[int] = []
-        self._aborted: set[str] = set()
         self._errors: set[int] = set()
 
     def begin(self, step: KVortexMetadata) -> None:
@@ -123,31 +119,24 @@ class WorkerSide:
         if step is not None and not self._loaded and any(not load.background for load in step.loads):
             raise RuntimeError("vLLM computes a step without what it was promised: start_load_kv comes before it")
 
-    def finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
-        """Requests whose blocks may be freed, and requests whose loads in the background have ended.
+    def finished(self) -> set[str]:
+        """Requests whose loads in the background have ended, also those that have been aborted meanwhile.
 
         Raises RuntimeError for a load inside a step that failed after its start: the step computed with wrong bytes.
         """
         failed = [ticket for ticket, ok in self._mover.ended_loads() if not ok]
         if failed:
             raise RuntimeError(f"loads {failed}, which a step was promised, failed: what it computed is wrong")
-        if self._by_sending and self._background:
-            self._aborted |= finished_req_ids & {load.request_id for load in self._background.values()}
-        sent: set[str] = set()
         received: set[str] = set()
         unstarted, self._unstarted = [(ticket, False) for ticket in self._unstarted], []
         for ticket, ok in unstarted + self._mover.ended_later():
             load = self._background.pop(ticket, None)
             if load is None:
                 continue
-            if load.request_id in self._aborted:
-                self._aborted.discard(load.request_id)
-                sent.add(load.request_id)
-                continue
             received.add(load.request_id)
             if not ok:
                 self._errors.update(load.blocks)
-        return sent, received
+        return received
 
     def take_errors(self) -> set[int]:
         """Blocks that a load in the background did not fill, since the last call."""

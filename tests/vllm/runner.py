@@ -1,0 +1,225 @@
+"""The model runners of several vLLM versions, as far as a connector sees them: which hook is called when, with what.
+
+Read in 0.15.1, 0.25.1 and 0.32.0. What a runner gives to the GPU is enqueued, and runs when the stream comes to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+from rote import BLOCK, HEADS, LAYERS, NEW, SIZE, Tracked, Wrong, words_of
+from vllm.config import CUDAGraphMode
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+WORDS = 2 * HEADS * SIZE
+METADATA = dict.fromkeys(LAYERS, "how its attention is computed")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What differs between model runners."""
+
+    fences_every_step: bool = True
+    """``handle_preemptions`` comes in every step with the metadata, or only when something was preempted."""
+    loads_late: bool = True
+    """Loads start after the forward pass unless it needs them."""
+    saves_when_empty: bool = True
+    """``wait_for_save`` comes also when nothing is computed."""
+    is_v2: bool = False
+    """Model Runner V2: a full graph is replayed outside any forward context."""
+    tells_of_the_batch: bool = False
+    """``start_load_kv`` is, and ``finish_forward`` comes after the pass."""
+    ahead: int = 0
+    """Steps that the scheduler is ahead of what it knows."""
+
+
+OLD = Order(fences_every_step=False, loads_late=False, saves_when_empty=False)
+ORDERS = {
+    "0.15-v1": OLD,
+    "0.15-v1-ahead": replace(OLD, ahead=1),
+    "0.25-v2": Order(loads_late=False, saves_when_empty=False, is_v2=True, ahead=1),
+    "0.32-v1": Order(),
+    "0.32-v1-ahead": Order(ahead=1),
+    "0.32-v2": Order(is_v2=True, tells_of_the_batch=True, ahead=1),
+}
+FITTING = [name for name in ORDERS if name.startswith("0.15") != NEW]
+"""Those that the scheduler which is installed works with."""
+
+
+@dataclass
+class Row:
+    """One request in a step: it has all positions up to ``start``, and computes up to ``end``."""
+
+    name: str
+    tracked: Tracked
+    start: int
+    end: int
+    table: np.ndarray
+
+    def places(self, start):
+        """Where its positions from ``start`` lie: blocks, and offsets in them."""
+        at = np.arange(start, self.end)
+        return self.table[at // BLOCK], at % BLOCK
+
+
+class ModelRunner:
+    """Calls the hooks in an order, and computes by rote."""
+
+    def __init__(self, connector, views, device, mover, order, counts, requests):
+        self.connector, self.views, self.device, self.order = connector, views, device, order
+        self.compute, self.counts, self.requests = mover.compute, counts, requests
+        self.tables: dict[str, list[int]] = {}
+        # One engine in four has a layer that never calls its hook, as a drafter's.
+        self.hooked = LAYERS if device.rng.random() < 0.75 else LAYERS[:-1]
+
+    def _update(self, out):
+        for name in out.finished_req_ids:
+            self.tables.pop(name, None)
+        for new in out.scheduled_new_reqs:
+            self.tables[new.req_id] = list(new.block_ids[0])
+        cached = out.scheduled_cached_reqs
+        for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                self.counts.preempted += 1
+                self.tables[name] = list(new[0])
+            elif new is not None:
+                self.tables[name].extend(new[0])
+
+    def execute(self, out):
+        """One step: what the scheduler's output asks for."""
+        if self.order.is_v2:
+            self._update(out)
+            self._fence(out)
+        else:
+            self._fence(out)
+            self._update(out)
+        self.device.pass_time()
+        connector, order, is_step = self.connector, self.order, out.total_num_scheduled_tokens > 0
+        connector.bind_connector_metadata(out.kv_connector_metadata)
+        context, has_hooks = self._context() if is_step else (forward_context(None), False)
+        more = {"scheduler_output": out} if order.tells_of_the_batch else {}
+        loads_late = order.loads_late and not out.has_sync_kv_loads
+        if not loads_late:
+            connector.start_load_kv(context, **more)
+        self.device.pass_time()
+        sampled = self._forward(out, context, has_hooks) if is_step else {}
+        if order.tells_of_the_batch:
+            connector.finish_forward()
+        if loads_late:
+            connector.start_load_kv(context, **more)
+        self.device.pass_time()
+        if is_step or order.saves_when_empty:
+            connector.wait_for_save()
+        self.device.pass_time()
+        return self._output(out, sampled)
+
+    def _fence(self, out):
+        if self.order.fences_every_step:
+            self.connector.handle_preemptions(out.kv_connector_metadata)
+        elif out.preempted_req_ids:
+            self.connector.handle_preemptions(out.preempted_req_ids)
+
+    def _context(self):
+        """A forward context, and whether the hooks of layers run: not in a full graph."""
+        kind = self.device.rng.choice(("eager", "piecewise", "piecewise", "full"))
+        if kind == "full":
+            self.counts.full_graphs += 1
+            return (forward_context(None) if self.order.is_v2 else forward_context(METADATA, CUDAGraphMode.FULL)), False
+        return forward_context(METADATA, CUDAGraphMode.NONE if kind == "eager" else CUDAGraphMode.PIECEWISE), True
+
+    def _output(self, out, sampled):
+        connector = self.connector
+        output = KVConnectorOutput()
+        if self.order.saves_when_empty:
+            results = connector.get_transfer_results(out.finished_req_ids)
+            output.finished_sending = results.finished_sending or None
+            output.finished_recving = results.finished_recving or None
+            output.failed_recving = results.failed_recving
+        else:
+            output.finished_sending, output.finished_recving = connector.get_finished(out.finished_req_ids)
+        output.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        output.kv_connector_stats = connector.get_kv_connector_stats()
+        output.kv_cache_events = connector.get_kv_connector_kv_cache_events()
+        if NEW:
+            output.kv_connector_worker_meta = connector.build_connector_worker_meta()
+        connector.clear_connector_metadata()
+        names = list(out.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+            kv_connector_output=output,
+        )
+
+    def _forward(self, out, context, has_hooks):
+        rows, sampled = self._rows(out), {}
+        for row in rows:
+            sampled[row.name] = [row.tracked.token(row.end)] if out.samples[row.name] else []
+        batch = Batch(rows)
+        for layer, name in enumerate(LAYERS):
+            hooks = has_hooks and name in self.hooked
+            if hooks:
+                self.connector.wait_for_layer_load(name)
+            self.compute.put(partial(self._attend, layer, batch))
+            if hooks:
+                self.connector.save_kv_layer(name, None, context.attn_metadata)
+            self.device.pass_time()
+        self.counts.furthest_behind = max(self.counts.furthest_behind, len(self.compute))
+        return sampled
+
+    def _rows(self, out):
+        computed = {new.req_id: new.num_computed_tokens for new in out.scheduled_new_reqs}
+        cached = out.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        rows = []
+        for name, count in out.num_scheduled_tokens.items():
+            start, end = computed[name], computed[name] + count
+            rows.append(Row(name, self.requests[name], start, end, np.asarray(self.tables[name])))
+        return rows
+
+    def _attend(self, layer, batch):
+        """One layer, when its turn comes: all write what they compute, then all read what they need."""
+        self._write(layer, batch)
+        self._check(layer, batch)
+
+    def _write(self, layer, batch):
+        view, words = self.views[layer], words_of(batch.chain[batch.is_new], layer)
+        view[batch.blocks[batch.is_new], batch.offsets[batch.is_new]] = words.reshape(-1, *view.shape[2:])
+
+    def _check(self, layer, batch):
+        found = self.views[layer][batch.blocks, batch.offsets].reshape(-1, WORDS)
+        expected = words_of(batch.chain, layer)
+        if not np.array_equal(found, expected):
+            raise Wrong(batch.complaint((found != expected).any(axis=1), layer))
+        if layer == 0:
+            self.counts.checked += len(found)
+
+
+class Batch:
+    """All positions that a step reads, of all its requests, and which of them it writes."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        places = [row.places(0) for row in rows]
+        self.blocks, self.offsets = (np.concatenate(parts) for parts in zip(*places, strict=True))
+        self.chain = np.concatenate([row.tracked.chain(row.end) for row in rows])
+        self.is_new = np.concatenate([np.arange(row.end) >= row.start for row in rows])
+
+    def complaint(self, is_wrong, layer):
+        """Whose positions are wrong."""
+        for row in self.rows:
+            wrong, is_wrong = np.flatnonzero(is_wrong[: row.end]), is_wrong[row.end :]
+            if len(wrong):
+                return f"{row.name} reads wrong KV at positions {wrong[:8]} of {row.end}, layer {layer}"
+        raise AssertionError("nothing is wrong")
+
+
+def forward_context(attn_metadata, mode=CUDAGraphMode.NONE):
+    """What a connector is shown of the pass to come."""
+    return SimpleNamespace(attn_metadata=attn_metadata, cudagraph_runtime_mode=mode)

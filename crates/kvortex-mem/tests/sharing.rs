@@ -182,6 +182,13 @@ impl Other {
     }
 }
 
+impl Drop for Other {
+    fn drop(&mut self) {
+        self.input = None;
+        let _ = self.process.wait();
+    }
+}
+
 fn say(text: &str) {
     let mut out = std::io::stdout();
     writeln!(out, "\nSAYS {text}").unwrap();

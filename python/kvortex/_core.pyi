@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, overload, type_check_only
+from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeAlias, final, overload, type_check_only
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -697,9 +697,11 @@ class RankPlanner:
     Args:
         engine_id: names the engine to its processes; one planner and one mover for each rank.
         ranks: how many.
-        cpu_pool_size_bytes: of each rank.
+        cpu_pool_size_bytes: of each rank, or of the one row.
         block_size_bytes: bytes of one block on one rank.
         namespace: as for ``KVortexEngine.bind``; each rank must have the same.
+        rows: ``private``: each rank has memory of its own; ``open``: and the planner's process can map it; ``one``: all
+            ranks load what the first one stores, since their bytes are the same.
         storing_ranks: only the first so many store; all by default.
         eviction_watermark: as in KVortexConfig.
         eviction_ratio: as in KVortexConfig.
@@ -713,6 +715,7 @@ class RankPlanner:
         cpu_pool_size_bytes: int,
         block_size_bytes: int,
         namespace: Namespace | bytes,
+        rows: Literal["private", "open", "one"] = "private",
         storing_ranks: int | None = None,
         eviction_watermark: float = 0.8,
         eviction_ratio: float = 0.2,
@@ -745,7 +748,7 @@ class RankPlanner:
 class RankMover:
     """The memory and the copies of one rank. Plans must be passed in the order of their tickets.
 
-    ``config.cpu_pool_size_bytes`` is this rank's; the rest as for ``RankPlanner``.
+    ``config.cpu_pool_size_bytes`` is this rank's, or the one row's; the rest as for ``RankPlanner``.
     """
 
     def __new__(
@@ -757,6 +760,7 @@ class RankMover:
         *,
         block_size_bytes: int,
         namespace: Namespace | bytes,
+        rows: Literal["private", "open", "one"] = "private",
     ) -> Self: ...
     def store(self, ticket: int, slots: bytes, blocks: PagedBlocks) -> None:
         """Starts to store ``blocks`` into ``slots``, after what torch's current stream was given so far."""

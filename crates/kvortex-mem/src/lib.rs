@@ -3,7 +3,7 @@
 //! This crate knows addresses and lengths, never blocks or keys. All `unsafe` code of the core lives here, so that the
 //! crates above it can forbid it.
 //!
-//! * [`map::HostMemory`] is one touched, huge-page-advised mapping.
+//! * [`map::HostMemory`] is one touched, huge-page-advised mapping, of this process or of several.
 //! * [`arena::Arena`] cuts it into equal slots; [`slots::SlotClaim`] is the exclusive right to one of them.
 //! * [`pool::PinnedHostPool`] cuts it into pieces of any size instead.
 //! * [`device_pool::GpuAsyncPool`] gives out memory of a GPU in the order of its streams.

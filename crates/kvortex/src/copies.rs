@@ -40,12 +40,17 @@ pub fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
 
 /// The memory of an arena, near its GPU unless `config` says otherwise.
 pub(crate) fn map(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> Result<HostMemory> {
-    Ok(HostMemory::map(&MapOptions {
+    Ok(HostMemory::map(&map_options(config, device))?)
+}
+
+/// How that memory is mapped.
+pub(crate) fn map_options(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> MapOptions {
+    MapOptions {
         bytes: config.pool_bytes,
         huge_pages: config.huge_pages,
         numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
         touch_threads: config.threads,
-    })?)
+    }
 }
 
 /// The copies of an engine whose arena is `memory`, which is page-locked if there is a device. Where it cannot be, copies are

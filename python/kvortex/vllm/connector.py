@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
@@ -72,7 +72,9 @@ class KVortexConnector(KVConnectorBase_V1):
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
         self._namespace = namespace(vllm_config, self._layout, vllm.__version__)
         self._engine_id = str(transfer.engine_id)
-        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // self._ranks))
+        self._rows: Literal["private", "one"] = "one" if self._layout.replicated and self._ranks > 1 else "private"
+        shares = 1 if self._rows == "one" else self._ranks
+        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // shares))
         self._vllm = vllm_config
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -86,15 +88,17 @@ class KVortexConnector(KVConnectorBase_V1):
             cpu_pool_size_bytes=self._config.cpu_pool_size_bytes,
             block_size_bytes=self._layout.block_size_bytes,
             namespace=self._namespace,
+            rows=self._rows,
             eviction_watermark=self._config.eviction_watermark,
             eviction_ratio=self._config.eviction_ratio,
         )
         blocks = planner.get_stats()["capacity_blocks"]
         log.info(
-            "KVortex keeps %d blocks of %d tokens, %d bytes on each of %d ranks (%d layers), loads: %s, namespace %s",
+            "KVortex keeps %d blocks of %d tokens, %d bytes %s of %d ranks (%d layers), loads: %s, namespace %s",
             blocks,
             self._layout.block_tokens,
             self._layout.block_size_bytes,
+            "once for all" if self._rows == "one" else "on each",
             self._ranks,
             len(self._layout.layers),
             mode.name,
@@ -164,14 +168,16 @@ class KVortexConnector(KVConnectorBase_V1):
             rank,
             block_size_bytes=self._layout.block_size_bytes,
             namespace=self._namespace,
+            rows=self._rows,
         )
         log.info(
-            "KVortex rank %d of %d: %s, %d bytes of %s memory in %.2f s, copies to %s by %s, namespace %s",
+            "KVortex rank %d of %d: %s, %d bytes of %s memory%s in %.2f s, copies to %s by %s, namespace %s",
             rank,
             self._ranks,
             cache,
             self._config.cpu_pool_size_bytes,
             "page-locked" if mover.pinned else "plain",
+            " that all ranks share" if self._rows == "one" else "",
             time.perf_counter() - start,
             place,
             self._config.copy_method if device != "none" else "the CPU",

@@ -22,6 +22,14 @@ pub enum MemError {
         /// What is wrong with it.
         cause: io::Error,
     },
+    /// A folder cannot keep blocks.
+    #[error("{path} cannot keep blocks: {cause}")]
+    Disk {
+        /// The folder.
+        path: String,
+        /// Why, and what to do.
+        cause: io::Error,
+    },
     /// More memory was asked for than the machine, or the control group of this process, has left.
     #[error(
         "{bytes} bytes of host memory asked for, but only {available} are available here (RAM and control-group limit); \

@@ -142,9 +142,7 @@ impl FaultPlan {
             *count += 1;
             *count - 1
         };
-        let hits = |fault: &&Fault| {
-            fault.call == call && number >= fault.first && number - fault.first < fault.count
-        };
+        let hits = |fault: &&Fault| fault.call == call && number >= fault.first && number - fault.first < fault.count;
         self.faults.lock().iter().find(hits).map(|fault| fault.effect)
     }
 

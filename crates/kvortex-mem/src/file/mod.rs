@@ -41,6 +41,9 @@ pub trait FileIo: Send + Sync {
     /// begun by its deadline ends as timed out, without a byte moved. Nothing that has begun can be taken back.
     fn submit(&self, ops: Vec<Op>);
 
+    /// Ends reads that have not begun by their deadline, even if nothing that has begun ever ends.
+    fn expire(&self);
+
     /// Ends what has not begun as cancelled, takes nothing more, and waits for the rest. True if all has ended in time.
     fn stop(&self, patience: Duration) -> bool;
 

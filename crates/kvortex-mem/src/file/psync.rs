@@ -60,6 +60,11 @@ impl FileIo for Psync {
         refused.into_iter().for_each(|op| op.end(Err(op::cancelled())));
     }
 
+    fn expire(&self) {
+        let late = self.shared.queue.lock().expired();
+        late.into_iter().for_each(|op| op.end(Err(op::late())));
+    }
+
     fn stop(&self, patience: Duration) -> bool {
         if std::process::id() != self.process {
             return true;

@@ -55,6 +55,15 @@ impl Queue {
         Some(op)
     }
 
+    /// What has not begun and must not any more.
+    pub(super) fn expired(&mut self) -> Vec<Op> {
+        let late = |ops: &mut VecDeque<Op>| {
+            let count = ops.iter().take_while(|op| op.is_late()).count();
+            ops.drain(..count).collect::<Vec<_>>()
+        };
+        late(&mut self.reads)
+    }
+
     /// One that had begun has ended.
     pub(super) fn ended(&mut self, access: Access) {
         self.running -= 1;

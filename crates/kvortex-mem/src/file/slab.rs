@@ -106,6 +106,12 @@ impl SlabFile {
         self.ring
     }
 
+    /// Lets others open the folder, since the file has lost its name.
+    pub fn unlock(&self) {
+        // SAFETY: the descriptor is open; the call touches no memory.
+        unsafe { libc::flock(self.folder.as_raw_fd(), libc::LOCK_UN) };
+    }
+
     /// Length of the file, and the bytes that it takes on the device.
     ///
     /// # Errors

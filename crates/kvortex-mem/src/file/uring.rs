@@ -74,6 +74,11 @@ impl FileIo for Uring {
         refused.into_iter().for_each(|op| op.end(Err(op::cancelled())));
     }
 
+    fn expire(&self) {
+        let late = self.shared.queue.lock().expired();
+        late.into_iter().for_each(|op| op.end(Err(op::late())));
+    }
+
     fn stop(&self, patience: Duration) -> bool {
         if std::process::id() != self.process {
             return true;
@@ -86,7 +91,7 @@ impl FileIo for Uring {
         }
         let own = thread::current().id();
         let thread = self.thread.lock().take().filter(|thread| thread.thread().id() != own);
-        thread.map_or(true, |thread| thread.join().is_ok())
+        thread.is_none_or(|thread| thread.join().is_ok())
     }
 
     fn name(&self) -> &'static str {

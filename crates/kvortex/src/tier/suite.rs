@@ -203,6 +203,7 @@ pub fn conforms(make: Make<'_>) {
     removed_is_gone(make);
     cleared_is_gone(make);
     it_is_bounded_and_the_tail_goes_first(make);
+    what_is_offered_again_stays(make);
     nothing_comes_after_its_deadline(make);
     a_stopped_tier_drops_and_misses(make);
     no_slot_is_kept(make);
@@ -264,6 +265,15 @@ fn it_is_bounded_and_the_tail_goes_first(make: Make<'_>) {
     assert!(tier.stats().evictions > 0);
     let kept = has(&*tier, 380..400);
     assert!(kept[..8].iter().all(|&kept| kept), "the head of what came last is kept: {kept:?}");
+}
+
+fn what_is_offered_again_stays(make: Make<'_>) {
+    let (world, tier) = make();
+    for first in (100..200).step_by(5) {
+        world.keep(&*tier, [1, 2]);
+        world.keep(&*tier, [1, 2].into_iter().chain(first..first + 5));
+        assert_eq!(has(&*tier, [1, 2]), [true, true]);
+    }
 }
 
 fn nothing_comes_after_its_deadline(make: Make<'_>) {

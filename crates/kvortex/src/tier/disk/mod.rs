@@ -133,6 +133,8 @@ impl Tier for DiskTier {
 
     fn put(&self, offers: Vec<Offer>) -> Vec<Put> {
         let mut rooms: Vec<usize> = self.volumes.iter().map(|volume| volume.room()).collect();
+        // Or room for the tail of a prompt could be made by forgetting its head.
+        self.volumes.iter().for_each(|volume| volume.touch(offers.iter().rev().map(|offer| &offer.key)));
         let bytes = self.volumes.first().map_or(0, |volume| volume.stride());
         offers.into_iter().map(|offer| self.put_one(offer, &mut rooms, bytes)).collect()
     }

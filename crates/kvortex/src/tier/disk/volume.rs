@@ -158,6 +158,13 @@ impl Volume {
         keys.enumerate().filter(|(_, key)| index.find(key).is_some()).for_each(|(i, _)| found(i));
     }
 
+    /// Makes blocks that it has the last to go, the last of `keys` the very last.
+    pub(super) fn touch<'a>(&self, keys: impl Iterator<Item = &'a BlockKey>) {
+        let opened = self.opened();
+        let mut index = opened.index.lock();
+        keys.for_each(|key| index.touch(key));
+    }
+
     /// Whether it has the block or is about to.
     pub(super) fn knows(&self, key: &BlockKey) -> bool {
         self.queue.lock().keys.contains(key) || self.opened().index.lock().knows(key)

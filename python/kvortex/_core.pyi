@@ -252,11 +252,14 @@ class KVortexEngine:
         evictions, refused, failed, in_flight, leased_blocks, save_latency_us and load_latency_us (each p50, p90, p99,
         max and count), save_bandwidth_bytes_per_s, load_bandwidth_bytes_per_s, bytes_saved, bytes_loaded,
         pool_fragmentation, index_bytes, huge_page_bytes, pinned, num_transfer_streams, eviction_watermark,
-        eviction_ratio.
+        eviction_ratio, and disk: None, or the numbers of the disk tier.
         """
 
     def reset(self) -> int:
         """Forgets every block and returns how many there were. Leased ones vanish when they are released."""
+
+    def flush(self, timeout_ms: int = 5000) -> bool:
+        """Waits until the disk tier has kept, or given up, what was saved so far. Returns whether that was in time."""
 
     def shutdown(self, timeout_ms: int = 5000) -> bool:
         """Refuses new work, waits for copies in flight and lets the memory go once nothing uses it.

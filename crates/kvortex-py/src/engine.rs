@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use kvortex::{Admission, DiskConfig, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket, TierStats, Value};
+use kvortex::{
+    Admission, DiskConfig, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket,
+    TierStats, Value,
+};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;

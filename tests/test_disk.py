@@ -5,6 +5,7 @@ import pytest
 
 import kvortex
 from blocks import keys_of
+from kvortex.cli import main
 
 BLOCK = 6000
 
@@ -82,3 +83,35 @@ def test_without_a_namespace_it_stays_off(tmp_path, caplog, namespace):
         assert engine.get_stats()["disk"] is None
     assert "bind a namespace" in caplog.text
     assert not (tmp_path / "kv").exists()
+
+
+def test_the_command_shows_checks_and_trims(tmp_path, capsys):
+    folder = tmp_path / "kv"
+    keys, data = keys_of(8), data_of(8)
+    with engine_at(folder) as engine:
+        engine.save_blocks(keys, data)
+        assert main(["disk", "ls", str(folder)]) == 1
+        assert "another process uses it" in capsys.readouterr().err
+    assert main(["disk", "ls", str(folder)]) == 0
+    assert "0/1" in capsys.readouterr().out
+    assert main(["disk", "fsck", str(folder)]) == 0
+    assert "8 blocks sound, 0 damaged" in capsys.readouterr().out
+    file = folder / "v1/blocks"
+    damaged = bytearray(file.read_bytes())
+    at = damaged.find(data[3].tobytes())
+    damaged[at : at + 100] = bytes(100)
+    file.write_bytes(damaged)
+    assert main(["disk", "fsck", str(folder)]) == 1
+    assert "7 blocks sound, 1 damaged (0 headers, 1 blocks)" in capsys.readouterr().out
+    assert main(["disk", "fsck", "--wipe", str(folder)]) == 0
+    assert main(["disk", "fsck", str(folder)]) == 0
+    length = file.stat().st_size
+    assert main(["disk", "trim", str(folder)]) == 0
+    assert file.stat().st_size < length
+    assert main(["disk", "stat", str(folder)]) == 0
+    assert "blocks          7" in capsys.readouterr().out
+    with engine_at(folder) as engine:
+        assert engine.get_stats()["disk"]["recovered_blocks"] == 7
+    assert main(["disk", "trim", "--size", "64KiB", str(folder)]) == 0
+    assert file.stat().st_size <= 64 << 10
+    assert main(["disk", "ls", str(tmp_path)]) == 1

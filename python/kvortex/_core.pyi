@@ -52,6 +52,8 @@ __all__ = [
     "gpu_link",
     "gpus",
     "hash_tokens",
+    "inspect_disk",
+    "trim_disk",
 ]
 
 @type_check_only
@@ -541,6 +543,16 @@ class KeyChain:
 
     def copy(self) -> KeyChain:
         """A chain that goes on from here by itself."""
+
+def inspect_disk(folder: str, blocks: bool = False, wipe: bool = False) -> dict[str, Any]:
+    """What a folder keeps that no engine uses: block_bytes, file_bytes, taken_bytes, openings, places, empty, stale,
+    bad_headers, bad_blocks, and owners: a list of namespace, row, world, blocks, oldest, newest.
+
+    With ``blocks`` every block is read and compared with its digest; with ``wipe`` what is not sound is forgotten.
+    """
+
+def trim_disk(folder: str, size_bytes: int | None = None) -> tuple[int, int]:
+    """Cuts a folder's file to a size, or to its last block. Its length before and after."""
 
 def gpus() -> list[dict[str, Any]]:
     """What is known of each GPU that this process sees, in order. Takes a context on each.

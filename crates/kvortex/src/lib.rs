@@ -63,7 +63,7 @@ pub use plan::{Kind, Report};
 pub use profile::link_profile;
 pub use stats::Stats;
 pub use ticket::Ticket;
-pub use tier::TierStats;
 #[cfg(not(shuttle))]
-pub use tier::disk::{Admission, DiskConfig};
+pub use tier::disk::{Admission, DiskConfig, Kept, inspect as inspect_disk, trim as trim_disk};
 pub use tier::host::SlotId;
+pub use tier::{Identity, TierStats};

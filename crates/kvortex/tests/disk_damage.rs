@@ -201,6 +201,10 @@ fn a_power_cut_leaves_what_is_right_or_a_miss() {
     let tier = DiskTier::open(folder.faulty(16, &plan), &world.arena, IDENTITY).unwrap();
     for first in 0..12 {
         world.keep(&tier, (0..5).map(|i| (first * 3 + i) % 30));
+        if first % 4 == 3 {
+            // Long enough for the file to be flushed.
+            std::thread::sleep(std::time::Duration::from_millis(1500));
+        }
     }
     assert!(tier.stop(PATIENCE));
     drop(tier);

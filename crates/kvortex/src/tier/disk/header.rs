@@ -129,14 +129,17 @@ pub(super) fn decode(common: &Common, slot: u32, bytes: &[u8]) -> Found {
     judge(common, header, slot, bytes)
 }
 
-/// Compares a sealed header with the one that this process would have written, byte for byte.
-fn judge(common: &Common, header: Header, slot: u32, bytes: &[u8]) -> Found {
+/// Whose entry a header says it is.
+pub(super) fn identity_of(bytes: &[u8]) -> Identity {
     let mut from = Reader(bytes, 20);
     let (row, world) = (from.u32(), from.u32());
     let mut from = Reader(bytes, 64);
-    let namespace = Namespace::from_digest(from.take());
-    let slab: [u8; 16] = from.take();
-    let identity = Identity { namespace, row, world };
+    Identity { namespace: Namespace::from_digest(from.take()), row, world }
+}
+
+/// Compares a sealed header with the one that this process would have written, byte for byte.
+fn judge(common: &Common, header: Header, slot: u32, bytes: &[u8]) -> Found {
+    let (identity, slab) = (identity_of(bytes), Reader(bytes, 96).take());
     let mut again = [0; HEADER_BYTES];
     encode(&Common { identity, slab, ..*common }, &Header { slot, ..header }, &mut again);
     if again != *bytes {

@@ -1,6 +1,8 @@
-//! Which block is at which place of one file, and which goes first. Every method but the last is O(1).
+//! Which block is at which place of one file, and which goes first. Every method for one block is O(1), but for
+//! a heap of the free places.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 
 use kvortex_mem::file::Digest;
 
@@ -48,7 +50,8 @@ pub(super) struct Entry {
 pub(super) struct DiskIndex {
     map: HashMap<BlockKey, u32>,
     places: Vec<Place>,
-    free: Vec<u32>,
+    /// The first of them is taken first, so that the end of a file stays free as long as it can.
+    free: BinaryHeap<Reverse<u32>>,
     oldest: u32,
     newest: u32,
     held: usize,
@@ -76,7 +79,7 @@ impl DiskIndex {
             state,
         }));
         if known {
-            self.free.extend((first..first + count).rev());
+            self.free.extend((first..first + count).map(Reverse));
         }
     }
 
@@ -131,7 +134,7 @@ impl DiskIndex {
     /// A place to write a block that is not known; made by forgetting another if none is free.
     pub(super) fn claim(&mut self, key: BlockKey) -> Option<u32> {
         let slot = match self.free.pop() {
-            Some(slot) => slot,
+            Some(Reverse(slot)) => slot,
             None => self.evict()?,
         };
         let place = &mut self.places[slot as usize];
@@ -175,7 +178,7 @@ impl DiskIndex {
     /// A busy place is free again.
     pub(super) fn release(&mut self, slot: u32) {
         self.places[slot as usize].state = State::Free;
-        self.free.push(slot);
+        self.free.push(Reverse(slot));
     }
 
     /// Forgets everything. Places that are busy become free when they are released.
@@ -186,7 +189,7 @@ impl DiskIndex {
             self.unlink(slot);
             self.release(slot);
         }
-        for slot in (0..self.places.len() as u32).rev() {
+        for slot in 0..self.places.len() as u32 {
             if self.places[slot as usize].state == State::Unknown {
                 self.release(slot);
             }

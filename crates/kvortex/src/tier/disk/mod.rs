@@ -6,6 +6,7 @@ mod geometry;
 mod header;
 mod health;
 mod index;
+mod inspect;
 mod open;
 mod volume;
 mod writer;
@@ -17,6 +18,7 @@ use kvortex_mem::file::{IoOptions, SlabOptions};
 
 pub use admission::Admission;
 use admission::Gate;
+pub use inspect::{Contents, Kept, inspect, trim};
 use volume::{Volume, VolumeOptions, add};
 
 use crate::error::Result;

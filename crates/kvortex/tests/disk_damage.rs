@@ -30,7 +30,7 @@ impl Random {
 
 /// A folder that holds [`KEPT`] blocks, closed, and its file.
 fn kept(name: &str) -> (Folder, World, Vec<u8>) {
-    let (folder, world) = (Folder::new(name), World::new(64, BLOCK));
+    let (folder, world) = (Folder::quick(name), World::new(64, BLOCK));
     let tier = folder.open(&world, 32);
     world.keep(&tier, 0..KEPT);
     assert!(tier.stop(PATIENCE));
@@ -195,7 +195,7 @@ fn after_a_cut(written: &[Written], upto: usize, random: &mut Random) -> Vec<u8>
 #[test]
 fn a_power_cut_leaves_what_is_right_or_a_miss() {
     let images: usize = std::env::var("KVORTEX_POWER_CUTS").map_or(50, |count| count.parse().unwrap());
-    let (folder, world) = (Folder::new("power"), World::new(128, BLOCK));
+    let (folder, world) = (Folder::quick("power"), World::new(128, BLOCK));
     let plan = Arc::new(FaultPlan::default());
     plan.record();
     let tier = DiskTier::open(folder.faulty(16, &plan), &world.arena, IDENTITY).unwrap();

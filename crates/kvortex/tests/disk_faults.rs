@@ -42,7 +42,7 @@ fn life(folder: &Folder, plan: &Arc<FaultPlan>) {
 #[test]
 fn any_call_may_fail_once_or_from_then_on() {
     let counting = Arc::new(FaultPlan::default());
-    life(&Folder::new("count"), &counting);
+    life(&Folder::quick("count"), &counting);
     for call in Call::ALL {
         let calls = counting.count(call);
         assert!(calls > 0 || matches!(call, Call::Truncate), "{call:?} is never made");
@@ -53,7 +53,7 @@ fn any_call_may_fail_once_or_from_then_on() {
                 for count in [1, u64::MAX] {
                     let plan = Arc::new(FaultPlan::default());
                     plan.set(&[Fault { call, first, count, effect: Effect::Errno(errno) }]);
-                    let folder = Folder::new("nth");
+                    let folder = Folder::quick("nth");
                     life(&folder, &plan);
                     // What it leaves behind serves right bytes or none.
                     life(&folder, &Arc::new(FaultPlan::default()));
@@ -213,7 +213,7 @@ fn judge(folder: &Folder) {
 #[test]
 fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
     let kills: usize = std::env::var("KVORTEX_KILLS").map_or(30, |count| count.parse().unwrap());
-    let folder = Folder::new("kills");
+    let folder = Folder::quick("kills");
     for kill in 0..kills {
         let mut child = child(&folder, None);
         std::thread::sleep(Duration::from_millis(30 + (kill as u64 * 37) % 90));
@@ -225,7 +225,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
 
 #[test]
 fn a_kill_at_any_write_loses_nothing_that_was_kept() {
-    let folder = Folder::new("writes");
+    let folder = Folder::quick("writes");
     for nth in 0..30 {
         let mut child = child(&folder, Some(nth));
         assert!(!child.wait().unwrap().success());

@@ -23,9 +23,19 @@ pub struct Folder {
 
 impl Folder {
     pub fn new(name: &str) -> Self {
+        Self::below(&std::env::temp_dir(), name)
+    }
+
+    /// In memory where the system has a place for that: for tests that open files by the thousand, and flush each time.
+    pub fn quick(name: &str) -> Self {
+        let memory = PathBuf::from("/dev/shm");
+        if memory.is_dir() { Self::below(&memory, name) } else { Self::new(name) }
+    }
+
+    fn below(base: &std::path::Path, name: &str) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("kvortex-disk-{name}-{}-{number}", std::process::id()));
+        let path = base.join(format!("kvortex-disk-{name}-{}-{number}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         Self { path, kept: false }
     }

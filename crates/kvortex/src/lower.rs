@@ -75,6 +75,7 @@ impl Wave {
 }
 
 impl Lower {
+    #[cfg(not(shuttle))]
     pub(crate) fn new(tier: Arc<dyn Tier>, deadline: Duration) -> Self {
         Self { tier, deadline, coming: Arc::default() }
     }

@@ -52,6 +52,8 @@ __all__ = [
     "gpu_link",
     "gpus",
     "hash_tokens",
+    "inspect_disk",
+    "trim_disk",
 ]
 
 @type_check_only
@@ -252,11 +254,14 @@ class KVortexEngine:
         evictions, refused, failed, in_flight, leased_blocks, save_latency_us and load_latency_us (each p50, p90, p99,
         max and count), save_bandwidth_bytes_per_s, load_bandwidth_bytes_per_s, bytes_saved, bytes_loaded,
         pool_fragmentation, index_bytes, huge_page_bytes, pinned, num_transfer_streams, eviction_watermark,
-        eviction_ratio.
+        eviction_ratio, and disk: None, or the numbers of the disk tier.
         """
 
     def reset(self) -> int:
         """Forgets every block and returns how many there were. Leased ones vanish when they are released."""
+
+    def flush(self, timeout_ms: int = 5000) -> bool:
+        """Waits until the disk tier has kept, or given up, what was saved so far. Returns whether that was in time."""
 
     def shutdown(self, timeout_ms: int = 5000) -> bool:
         """Refuses new work, waits for copies in flight and lets the memory go once nothing uses it.
@@ -538,6 +543,16 @@ class KeyChain:
 
     def copy(self) -> KeyChain:
         """A chain that goes on from here by itself."""
+
+def inspect_disk(folder: str, blocks: bool = False, wipe: bool = False) -> dict[str, Any]:
+    """What a folder keeps that no engine uses: block_bytes, file_bytes, taken_bytes, openings, places, empty, stale,
+    bad_headers, bad_blocks, and owners: a list of namespace, row, world, blocks, oldest, newest.
+
+    With ``blocks`` every block is read and compared with its digest; with ``wipe`` what is not sound is forgotten.
+    """
+
+def trim_disk(folder: str, size_bytes: int | None = None) -> tuple[int, int]:
+    """Cuts a folder's file to a size, or to its last block. Its length before and after."""
 
 def gpus() -> list[dict[str, Any]]:
     """What is known of each GPU that this process sees, in order. Takes a context on each.

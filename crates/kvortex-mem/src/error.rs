@@ -49,6 +49,14 @@ pub enum MemError {
         /// Bytes asked for.
         asked: usize,
     },
+    /// A folder cannot keep blocks.
+    #[error("{path} cannot keep blocks: {cause}")]
+    Disk {
+        /// The folder.
+        path: String,
+        /// Why, and what to do.
+        cause: io::Error,
+    },
     /// More memory was asked for than the machine, or the control group of this process, has left.
     #[error(
         "{bytes} bytes of host memory asked for, but only {available} are available here (RAM and control-group limit); \

@@ -9,6 +9,7 @@
 //! * [`device_pool::GpuAsyncPool`] gives out memory of a GPU in the order of its streams.
 //! * [`span::Pages`] describes the scattered memory of an engine without listing its fragments.
 //! * [`copy::CopyEngine`] moves bytes between the two.
+//! * `file` moves them between slots and a file.
 //! * [`board::LaneBoard`] tells which copies have ended, also to other processes ([`shared::SharedWords`]).
 //!
 //! ```
@@ -57,6 +58,8 @@ pub mod device_pool;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod device_suite;
 pub mod error;
+#[cfg(not(shuttle))]
+pub mod file;
 pub mod map;
 pub mod marks;
 pub mod numa;

@@ -12,7 +12,7 @@ import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
 from kvortex.vllm import layout as layouts
 from kvortex.vllm import settings
-from kvortex.vllm.identity import check_hashes, namespace
+from kvortex.vllm.identity import check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.worker import WorkerSide
@@ -70,7 +70,7 @@ class KVortexConnector(KVConnectorBase_V1):
         self._layout = layouts.describe(kv_cache_config)
         spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len) if self._frees_aborted else None
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
-        self._namespace = namespace(vllm_config, self._layout, vllm.__version__)
+        self._namespace = identify(vllm_config, self._layout, vllm.__version__).namespace
         self._engine_id = str(transfer.engine_id)
         self._rows: Literal["private", "one"] = "one" if self._layout.replicated and self._ranks > 1 else "private"
         shares = 1 if self._rows == "one" else self._ranks

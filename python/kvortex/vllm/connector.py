@@ -138,8 +138,11 @@ class KVortexConnector(KVConnectorBase_V1):
             connector_output.finished_sending = (connector_output.finished_sending or set()) | left
 
     def reset_cache(self) -> bool | None:
-        """Forgets every block."""
-        log.info("%d blocks forgotten", self._of_scheduler.reset())
+        """Forgets every block. vLLM calls this before it sleeps: then copies have ended before their memory goes."""
+        side, model = self._of_scheduler, self._vllm.model_config
+        log.info("%d blocks forgotten", side.reset())
+        if _of(model, "enable_sleep_mode", False) or _of(model, "enable_cumem_allocator", False):
+            side.drain()
         return True
 
     @property

@@ -93,7 +93,8 @@ def root_is_fixed() -> bool:
     """Whether vLLM's block hashes begin with what another process begins with."""
     seeds = (os.environ.get("PYTHONHASHSEED"), getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None))
     hashes = [get_hash_fn_by_name(name) for name in ALGORITHMS]
-    return kv_cache_utils.NONE_HASH in [hash_of(seed) for hash_of in hashes for seed in seeds if seed is not None]
+    root = getattr(kv_cache_utils, "NONE_HASH", None)
+    return root in [hash_of(seed) for hash_of in hashes for seed in seeds if seed is not None]
 
 
 class Adapters:

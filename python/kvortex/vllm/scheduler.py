@@ -7,6 +7,7 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from kvortex import KVortexTimeoutError
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 log = logging.getLogger("kvortex.vllm")
+
+DRAIN_S = 10.0
+"""How long copies under way are waited for before the engine sleeps."""
 
 
 class _Tracked:
@@ -229,6 +233,18 @@ class SchedulerSide:
         for tracked in self._tracked.values():
             tracked.keeps = tracked.keeps and not tracked.blocks
         return self._planner.reset()
+
+    def drain(self) -> None:
+        """Waits for the copies under way, for the memory that they use is about to go.
+
+        Raises KVortexTimeoutError if they take too long.
+        """
+        deadline = time.monotonic() + DRAIN_S
+        while copies := self._planner.get_stats()["in_flight"]:
+            if time.monotonic() > deadline:
+                raise KVortexTimeoutError(f"{copies} plans of copies are not done after {DRAIN_S} s: sleep later")
+            time.sleep(0.001)
+            self._poll()
 
     def stats(self) -> dict[str, Any]:
         """Numbers of the planner, and ``hit_tokens``."""

@@ -228,6 +228,8 @@ fn other_process() {
             }
             let made = HostMemory::share(&options(3 * MIB)).unwrap();
             write(&made, 5, 55);
+            // Another rank of this process comes and goes.
+            drop(attach(made.place().unwrap(), 3 * MIB).unwrap());
             say(&made.place().unwrap().words().map(|word| word.to_string()).join(" "));
             std::io::stdin().read_line(&mut String::new()).unwrap();
         }

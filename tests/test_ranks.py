@@ -1,0 +1,115 @@
+"""Ranks in processes of their own, from Python: whose bytes each of them loads."""
+
+import multiprocessing
+import time
+import uuid
+
+import numpy as np
+import pytest
+
+import kvortex
+from blocks import keys_of
+
+BLOCKS, SHAPE = 6, (16, 576)  # a latent of MLA
+BLOCK_BYTES = 16 * 576 * 4
+POOL = 8 * 36864
+NAMESPACE = b"n" * 32
+
+
+def cache_of(value):
+    """Blocks of one layer, all of them `value`."""
+    array = np.full((BLOCKS, *SHAPE), value, np.float32)
+    return array, kvortex.PagedCache([array])
+
+
+def mover_of(engine, rank, rows):
+    config = kvortex.KVortexConfig(cpu_pool_size_bytes=POOL, device="none")
+    return kvortex.RankMover(config, engine, 2, rank, block_size_bytes=BLOCK_BYTES, namespace=NAMESPACE, rows=rows)
+
+
+def planner_of(engine, rows):
+    return kvortex.RankPlanner(
+        engine,
+        2,
+        cpu_pool_size_bytes=POOL,
+        block_size_bytes=BLOCK_BYTES,
+        namespace=NAMESPACE,
+        rows=rows,
+        eviction_watermark=1.0,
+    )
+
+
+def rank_of_its_own(pipe, engine, rank, rows):
+    """Does what it is told, with a cache full of its number and 1, and says what its cache holds then."""
+    mover, (array, cache) = mover_of(engine, rank, rows), cache_of(rank + 1)
+    pipe.send("here")
+    while (told := pipe.recv()) is not None:
+        what, ticket, slots, blocks = told
+        getattr(mover, what)(ticket, slots, cache.blocks(blocks))
+        pipe.send(array.reshape(BLOCKS, -1).max(axis=1).tolist())
+    mover.shutdown()
+
+
+@pytest.fixture
+def ranks():
+    """Starts ranks of an engine, each in a process; told to end afterwards."""
+    spawn, started = multiprocessing.get_context("spawn"), []
+
+    def start(engine, rank, rows):
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=rank_of_its_own, args=(theirs, engine, rank, rows), daemon=True)
+        process.start()
+        started.append((ours, process))
+        assert ours.recv() == "here"
+        return ours
+
+    yield start
+    for pipe, process in started:
+        pipe.send(None)
+        process.join(10)
+
+
+def ask(pipe, *told):
+    pipe.send(told)
+    assert pipe.poll(30)
+    return pipe.recv()
+
+
+def kept(planner, keys):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        planner.poll()
+        lease = planner.lease_prefix(b"".join(keys))
+        if len(lease) == len(keys):
+            return lease
+        time.sleep(0.001)
+    raise AssertionError("the store never ended")
+
+
+@pytest.mark.parametrize(("rows", "loaded"), [("one", [1, 1]), ("open", [1, 2]), ("private", [1, 2])])
+def test_each_rank_loads_from_its_row_or_from_the_one(ranks, rows, loaded):
+    engine, keys = str(uuid.uuid4()), keys_of(3, rows)
+    pipes = [ranks(engine, rank, rows) for rank in (0, 1)]
+    planner = planner_of(engine, rows)
+    assert planner.ready()
+    assert planner.get_stats()["capacity_blocks"] == 8
+    ticket, _, slots = planner.plan_store(b"".join(keys))
+    for pipe in pipes:
+        ask(pipe, "store", ticket, slots, [0, 1, 2])
+    load = planner.plan_load(kept(planner, keys))
+    found = [ask(pipe, "load", *load, [3, 4, 5])[3:] for pipe in pipes]
+    assert found == [[value] * 3 for value in loaded]
+    assert planner.poll() == [(load[0], True)]
+
+
+def test_rows_have_three_names():
+    with pytest.raises(kvortex.InvalidArgumentError, match="give one of"):
+        planner_of(str(uuid.uuid4()), "two")
+
+
+def test_ranks_must_mean_the_same_rows():
+    engine = str(uuid.uuid4())
+    planner, movers = planner_of(engine, "one"), [mover_of(engine, 0, "one"), mover_of(engine, 1, "private")]
+    with pytest.raises(kvortex.InvalidArgumentError, match="namespaces or rows differ"):
+        planner.ready()
+    del movers

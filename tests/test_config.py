@@ -1,6 +1,7 @@
 """The configuration says the same whichever way it comes in, and refuses what it does not know by name."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -22,6 +23,11 @@ FULL = {
     "copy_method": "staged",
     "gpu_streams": 2,
     "staging_bytes": 1 << 24,
+    "disk_paths": ("/var/cache/one", "/var/cache/two"),
+    "disk_size_bytes": 1 << 33,
+    "disk_admission": "second_touch",
+    "disk_queue_bytes": 1 << 26,
+    "disk_read_deadline_ms": 100,
     "numa_node": 0,
     "namespace": "rev 7",
 }
@@ -43,8 +49,9 @@ def test_defaults_are_filled_in():
 
 
 def test_every_way_in_says_the_same(tmp_path, monkeypatch):
-    environ = {f"KVORTEX_{name.upper()}": str(value) for name, value in FULL.items()}
-    toml = "\n".join(f"{name} = {str(v).lower() if isinstance(v, bool) else repr(v)}" for name, v in FULL.items())
+    text_of = {name: ":".join(value) if isinstance(value, tuple) else str(value) for name, value in FULL.items()}
+    environ = {f"KVORTEX_{name.upper()}": text for name, text in text_of.items()}
+    toml = "\n".join(f"{name} = {json.dumps(value)}" for name, value in FULL.items())
     (tmp_path / "table.toml").write_text("[other]\nx = 1\n[kvortex]\n" + toml)
     (tmp_path / "top.toml").write_text(toml)
     direct = KVortexConfig(**FULL)
@@ -136,6 +143,10 @@ def test_any_text_is_a_size_or_a_config_error(text):
         ("copy_method", "memcpy", "auto, dma, kernel, staged"),
         ("gpu_streams", 0, "whole number from 1 to 4"),
         ("staging_bytes", "1KiB", "1MiB to 1GiB"),
+        ("disk_paths", 3, "the path of a folder"),
+        ("disk_paths", ["/a", "/a"], "each once"),
+        ("disk_admission", "some", "second_touch"),
+        ("disk_read_deadline_ms", 0, "1 to 600000"),
         ("numa_node", -1, "from 0"),
         ("namespace", 7, "text"),
     ],

@@ -16,6 +16,7 @@ STATS = {
     "in_flight", "leased_blocks", "save_latency_us", "load_latency_us", "save_bandwidth_bytes_per_s",
     "load_bandwidth_bytes_per_s", "bytes_saved", "bytes_loaded", "pool_fragmentation", "index_bytes",
     "huge_page_bytes", "pinned", "num_transfer_streams", "eviction_watermark", "eviction_ratio",
+    "disk",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     {"key", "config", "tier"},
     {"index", "lease", "plan"},
     {"planner", "mover", "metrics", "ticket"},
-    {"copies", "engine", "flight", "profile", "ranks", "stats"},
+    {"copies", "engine", "flight", "lower", "profile", "ranks", "stats"},
 ]
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 # Walls within a floor: who decides does not touch bytes, who moves does not see what was decided.

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, SupportsIndex, TypeAlias, final, overload, type_check_only
+from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeAlias, final, overload, type_check_only
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -52,6 +52,8 @@ __all__ = [
     "gpu_link",
     "gpus",
     "hash_tokens",
+    "inspect_disk",
+    "trim_disk",
 ]
 
 @type_check_only
@@ -252,11 +254,14 @@ class KVortexEngine:
         evictions, refused, failed, in_flight, leased_blocks, save_latency_us and load_latency_us (each p50, p90, p99,
         max and count), save_bandwidth_bytes_per_s, load_bandwidth_bytes_per_s, bytes_saved, bytes_loaded,
         pool_fragmentation, index_bytes, huge_page_bytes, pinned, num_transfer_streams, eviction_watermark,
-        eviction_ratio.
+        eviction_ratio, and disk: None, or the numbers of the disk tier.
         """
 
     def reset(self) -> int:
         """Forgets every block and returns how many there were. Leased ones vanish when they are released."""
+
+    def flush(self, timeout_ms: int = 5000) -> bool:
+        """Waits until the disk tier has kept, or given up, what was saved so far. Returns whether that was in time."""
 
     def shutdown(self, timeout_ms: int = 5000) -> bool:
         """Refuses new work, waits for copies in flight and lets the memory go once nothing uses it.
@@ -539,6 +544,16 @@ class KeyChain:
     def copy(self) -> KeyChain:
         """A chain that goes on from here by itself."""
 
+def inspect_disk(folder: str, blocks: bool = False, wipe: bool = False) -> dict[str, Any]:
+    """What a folder keeps that no engine uses: block_bytes, file_bytes, taken_bytes, openings, places, empty, stale,
+    bad_headers, bad_blocks, and owners: a list of namespace, row, world, blocks, oldest, newest.
+
+    With ``blocks`` every block is read and compared with its digest; with ``wipe`` what is not sound is forgotten.
+    """
+
+def trim_disk(folder: str, size_bytes: int | None = None) -> tuple[int, int]:
+    """Cuts a folder's file to a size, or to its last block. Its length before and after."""
+
 def gpus() -> list[dict[str, Any]]:
     """What is known of each GPU that this process sees, in order. Takes a context on each.
 
@@ -697,9 +712,11 @@ class RankPlanner:
     Args:
         engine_id: names the engine to its processes; one planner and one mover for each rank.
         ranks: how many.
-        cpu_pool_size_bytes: of each rank.
+        cpu_pool_size_bytes: of each rank, or of the one row.
         block_size_bytes: bytes of one block on one rank.
         namespace: as for ``KVortexEngine.bind``; each rank must have the same.
+        rows: ``private``: each rank has memory of its own; ``open``: and the planner's process can map it; ``one``: all
+            ranks load what the first one stores, since their bytes are the same.
         storing_ranks: only the first so many store; all by default.
         eviction_watermark: as in KVortexConfig.
         eviction_ratio: as in KVortexConfig.
@@ -713,6 +730,7 @@ class RankPlanner:
         cpu_pool_size_bytes: int,
         block_size_bytes: int,
         namespace: Namespace | bytes,
+        rows: Literal["private", "open", "one"] = "private",
         storing_ranks: int | None = None,
         eviction_watermark: float = 0.8,
         eviction_ratio: float = 0.2,
@@ -745,7 +763,7 @@ class RankPlanner:
 class RankMover:
     """The memory and the copies of one rank. Plans must be passed in the order of their tickets.
 
-    ``config.cpu_pool_size_bytes`` is this rank's; the rest as for ``RankPlanner``.
+    ``config.cpu_pool_size_bytes`` is this rank's, or the one row's; the rest as for ``RankPlanner``.
     """
 
     def __new__(
@@ -757,6 +775,7 @@ class RankMover:
         *,
         block_size_bytes: int,
         namespace: Namespace | bytes,
+        rows: Literal["private", "open", "one"] = "private",
     ) -> Self: ...
     def store(self, ticket: int, slots: bytes, blocks: PagedBlocks) -> None:
         """Starts to store ``blocks`` into ``slots``, after what torch's current stream was given so far."""

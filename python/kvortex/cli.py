@@ -42,6 +42,14 @@ def doctor(parser: argparse.ArgumentParser) -> Command:
     return module.main
 
 
+def disk(parser: argparse.ArgumentParser) -> Command:
+    """What a folder of the disk tier keeps: `ls`, `stat`, `fsck` and `trim`, while no engine uses it."""
+    import kvortex.disk as module
+
+    module.add_arguments(parser)
+    return module.main
+
+
 def info(_parser: argparse.ArgumentParser) -> Command:
     """Version, build and machine: what a bug report needs."""
 
@@ -54,7 +62,7 @@ def info(_parser: argparse.ArgumentParser) -> Command:
 
 
 # Each adds its arguments to its parser and returns what runs it; only the one asked for is called.
-COMMANDS: tuple[Callable[[argparse.ArgumentParser], Command], ...] = (demo, doctor, bench, info)
+COMMANDS: tuple[Callable[[argparse.ArgumentParser], Command], ...] = (demo, doctor, bench, disk, info)
 
 
 def facts() -> dict[str, str]:

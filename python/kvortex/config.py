@@ -23,6 +23,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}ib"] = 1024**_power
 
 _METHODS = ("auto", "dma", "kernel", "staged")
+_ADMISSIONS = ("all", "second_touch")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -115,6 +116,27 @@ def _parse_gpu_streams(key: str, value: object) -> int:
 def _parse_staging(key: str, value: object) -> int:
     size = parse_size(key, value)
     return size if 1 << 20 <= size <= 1 << 30 else _bad(key, value, "give 1MiB to 1GiB; 32MiB is usual")
+
+
+def _parse_paths(key: str, value: object) -> tuple[str, ...]:
+    """Folders from a list, or from text with a colon between them; kept as absolute paths."""
+    remedy = "give the path of a folder, a list of paths, or paths with a colon between them"
+    paths = value.split(":") if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        _bad(key, value, remedy)
+    found = tuple(os.path.abspath(os.path.expanduser(os.fsdecode(path))) for path in paths if path)
+    if len(set(found)) != len(found) or any("\0" in path for path in found):
+        _bad(key, value, remedy + ", each once")
+    return found
+
+
+def _parse_admission(key: str, value: object) -> str:
+    rule = str(value).strip().lower()
+    return rule if rule in _ADMISSIONS else _bad(key, value, f"give one of {', '.join(_ADMISSIONS)}")
+
+
+def _parse_deadline(key: str, value: object) -> int:
+    return _parse_count(key, value, 1, 600_000)
 
 
 def _parse_text(key: str, value: object) -> str:
@@ -270,6 +292,42 @@ KNOBS = {
         "One of up to four buffers in the GPU's memory, taken when staged copies first need them; without that memory "
         "copies go another way.",
     ),
+    "disk_paths": Knob(
+        _parse_paths,
+        tuple,
+        "none: no disk tier",
+        "paths",
+        "Folders that keep blocks beyond host memory and this process, one for each device; a namespace, this one or a "
+        "bound one, must say which model they belong to.",
+    ),
+    "disk_size_bytes": Knob(
+        parse_size,
+        lambda: 64 << 30,
+        "64 GiB",
+        "bytes",
+        "Room that all `disk_paths` may take together, as the file system counts it.",
+    ),
+    "disk_admission": Knob(
+        _parse_admission,
+        lambda: "all",
+        "`all`",
+        "`all` or `second_touch`",
+        "Which blocks are written: every one, or those that are saved again; the second wears a disk less.",
+    ),
+    "disk_queue_bytes": Knob(
+        parse_size,
+        lambda: 256 << 20,
+        "256 MiB",
+        "bytes",
+        "Blocks that may wait to be written; beyond it they are dropped and counted.",
+    ),
+    "disk_read_deadline_ms": Knob(
+        _parse_deadline,
+        lambda: 250,
+        "250",
+        "milliseconds",
+        "How long a lookup or load may wait for blocks from the disk; what is not there by then is a miss.",
+    ),
     "namespace": Knob(
         _parse_text,
         lambda: "",
@@ -309,6 +367,11 @@ class KVortexConfig:
     copy_method: str
     gpu_streams: int
     staging_bytes: int
+    disk_paths: tuple[str, ...]
+    disk_size_bytes: int
+    disk_admission: str
+    disk_queue_bytes: int
+    disk_read_deadline_ms: int
     namespace: str
 
     def __init__(self, **knobs: object) -> None:

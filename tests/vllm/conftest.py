@@ -4,6 +4,9 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,6 +20,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
+    # Threads that spin while they wait take the time of others.
+    OMP_WAIT_POLICY="PASSIVE",
 )
 
 # Without vLLM nothing of this folder can even be imported.
@@ -72,6 +77,41 @@ def weights_folder(model_folder, tmp_path_factory):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder)).float()
     model.save_pretrained(folder)
     return folder
+
+
+class RealModel(NamedTuple):
+    """A small model that has read a book, a question about a text, and how to read its answer."""
+
+    folder: Path
+    prompt: list
+    decode: Callable
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory):
+    """SmolLM2-135M-Instruct as files that vLLM serves."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from kvortex import demo
+
+    folder, gguf = tmp_path_factory.mktemp("smollm"), demo.fetch()
+    files = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    if hasattr(transformers, "GgufConfig"):
+        files["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # A copy: what was read from such a file counts as quantized, though it is not any more.
+    read = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.bfloat16)
+    config = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    text = f"{demo.document()[:1500]}\n\nAnswer in one sentence: How long and how wide is the rock?"
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return RealModel(folder, tokenizer(asked, add_special_tokens=False)["input_ids"], tokenizer.decode)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Runs one engine with our connector in a process of its own, and prints what came out as one line of JSON.
 
-python engine_run.py MODEL '{"extra": {...}, "llm": {...}, "multi": false}'
+python engine_run.py MODEL '{"extra": {...}, "llm": {...}, "multi": false, "prompt": [...]}'
 """
 
 import json
@@ -46,20 +46,19 @@ class Engine:
     """An engine, and what the tests do to it."""
 
     def __init__(self, model, options):
-        more = {"compilation_config": {"custom_ops": ["none"]}} if OLD else {}
-        self.llm = LLM(
-            model=model,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            dtype="float32",
-            max_model_len=1024,
-            max_num_seqs=4,
-            seed=0,
-            block_size=32,
-            kv_transfer_config=transfer_config(options),
-            **more,
-            **options.get("llm", {}),
-        )
+        given = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 4,
+            "seed": 0,
+            "block_size": 32,
+            "kv_transfer_config": transfer_config(options),
+        }
+        if OLD:
+            given["compilation_config"] = {"custom_ops": ["none"]}
+        self.llm = LLM(model=model, **{**given, **options.get("llm", {})})
 
     @property
     def runner(self):
@@ -80,8 +79,7 @@ class Engine:
         """The engine forgets its own blocks, and their memory is overwritten."""
         # What ended a moment ago is freed by the next step.
         self.ask([5] * 40)
-        done = self.llm.reset_prefix_cache(reset_connector=connector)
-        assert done is not False, "the prefix cache was not reset"
+        assert self.llm.reset_prefix_cache(reset_connector=connector) is True, "the prefix cache was not reset"
         if self.runner is not None:
             for cache in self.runner.kv_caches:
                 cache.normal_()
@@ -89,11 +87,24 @@ class Engine:
 
 def main(model, options):
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(6, 31000, (600,), generator=generator).tolist()
+    prompt = options.get("prompt") or torch.randint(6, 31000, (600,), generator=generator).tolist()
     engine = Engine(model, options)
     found = {"cold": engine.ask(prompt), "warm": engine.ask(prompt)}
     engine.drop()
     found["hit"] = engine.ask(prompt)
+    if "prompt" not in options:
+        found |= other_prompts(engine, prompt)
+    if engine.runner is not None and not OLD:
+        found["after pause"] = paused(engine, prompt)
+    if engine.runner is not None and not options.get("multi"):
+        engine.drop()
+        found["corrupted"] = corrupted(engine, prompt)
+    print("\nFOUND " + json.dumps(found), flush=True)
+
+
+def other_prompts(engine, prompt):
+    """A shared beginning, generated blocks, salts, and nothing after a reset."""
+    found = {}
     other = prompt[:300] + prompt[:200]
     engine.drop()
     found["partial"] = engine.ask(other)
@@ -107,10 +118,15 @@ def main(model, options):
     found["other salt"] = engine.ask(prompt, salt="theirs")
     engine.drop(connector=True)
     found["after reset"] = engine.ask(prompt)
-    if engine.runner is not None and not options.get("multi"):
-        engine.drop()
-        found["corrupted"] = corrupted(engine, prompt)
-    print("\nFOUND " + json.dumps(found), flush=True)
+    return found
+
+
+def paused(engine, prompt):
+    """What an engine does before its memory goes to sleep, and after it is awake again."""
+    core = engine.llm.llm_engine.engine_core.engine_core
+    core.pause_scheduler("abort", clear_cache=True)
+    core.resume_scheduler()
+    return engine.ask(prompt)
 
 
 def corrupted(engine, prompt):
@@ -120,9 +136,9 @@ def corrupted(engine, prompt):
     side = get_kv_transfer_group()._worker
     load = side.load
 
-    def spoiled():
+    def spoiled(forward_context=None):
         ids = [block for one in side._step.loads for block in one.blocks]
-        load()
+        load(forward_context)
         for cache in engine.runner.kv_caches:
             dim = next(dim for dim, size in enumerate(cache.shape) if size == side._cache.num_blocks)
             if ids:

@@ -34,14 +34,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvortex import PagedCache
-from kvortex.vllm import KVortexConnector, settings
+from kvortex.vllm import KVortexConnector, layers, settings
 from kvortex.vllm import connector as connectors
+from kvortex.vllm import layout as layouts
 from kvortex.vllm import scheduler as schedulers
 from kvortex.vllm import worker as workers
 
 HASH = get_hash_fn_by_name("sha256")
-HAS_PARTS = hasattr(workers, "Parts")
-"""Whether the connector loads layer by layer."""
 
 
 @dataclass
@@ -191,6 +190,8 @@ class Run:
         with mock.patch.object(connectors, "_rank", return_value=0):
             self.connector.register_kv_caches(registered)
         self.side = self.connector._worker
+        # As on a GPU: the memory of this test is the host's, whose loads have no parts.
+        self.side._hooks = layouts.layer_hooks(self.connector._layout, registered, self.side._cache)
         self.scratch, self.scratch_views = self._make_scratch()
         faults = Faults(options.store_failures, options.load_failures)
         scratch = (self.scratch, self.scratch_views)
@@ -223,8 +224,8 @@ class Run:
             for module in (connectors, schedulers, workers):
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", clock))
-            if HAS_PARTS:
-                stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
+            stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
+            stack.enter_context(mock.patch.object(layers, "PART_BYTES", 1))
             yield
 
     def _go(self):

@@ -53,6 +53,8 @@ def test_tokens_are_those_that_were_computed(weights_folder, kind):
     assert cached["generated"] == 512, "blocks with generated tokens are kept too"
     assert cached["salted"] == 576
     assert cached["other salt"] == 0
+    if "after pause" in found:
+        assert found["after pause"] == found["cold"], "a connector is told that the engine is about to sleep"
     if "corrupted" in found:
         assert cached["corrupted"] == 576
         assert tokens["corrupted"] != tokens["cold"]
@@ -61,8 +63,21 @@ def test_tokens_are_those_that_were_computed(weights_folder, kind):
     assert f"bytes on each of {ranks} ranks (4 layers)" in log
 
 
+@pytest.mark.timeout(400)
+def test_a_real_model_gives_a_real_answer_from_our_blocks(smollm):
+    found, _ = run(smollm.folder, {"prompt": smollm.prompt}, ONE_PROCESS)
+    answer = smollm.decode(found["cold"][0])
+    assert "340" in answer or "three hundred" in answer, answer
+    assert found["cold"][1] == 0
+    whole = len(smollm.prompt) // 32 * 32
+    assert found["warm"] == found["hit"] == [found["cold"][0], whole]
+    assert found["corrupted"][1] == whole
+    assert found["corrupted"][0] != found["cold"][0]
+
+
 REFUSED = {
-    "kv_role": ({"kv_role": "kv_producer"}, {}, "KVortex does not serve kv_role kv_producer: set kv_role to kv_both"),
+    "producer": ({"kv_role": "kv_producer"}, {}, "KVortex does not serve kv_role kv_producer: set kv_role to kv_both"),
+    "consumer": ({"kv_role": "kv_consumer"}, {}, "KVortex does not serve kv_role kv_consumer: set kv_role to kv_both"),
     "prefix caching": ({}, {"enable_prefix_caching": False}, "prefix caching is off and KVortex needs its"),
     "hashes": ({}, {"prefix_caching_hash_algo": "xxhash"}, "use sha256 or sha256_cbor"),
     "knob": ({"kv_connector_extra_config": {"cpu_pool_size_byte": 1}}, {}, "cpu_pool_size_bytes"),
@@ -71,6 +86,10 @@ REFUSED = {
 REFUSED |= {
     "pipeline": ({}, {"pipeline_parallel_size": 2}, "KVortex does not serve pipeline parallelism"),
     "contexts": ({}, {"decode_context_parallel_size": 2}, "KVortex does not serve decode context parallelism"),
+    "prompts": ({}, {"prefill_context_parallel_size": 2}, "KVortex does not serve prefill context parallelism"),
+    "experts": ({}, {"enable_elastic_ep": True}, "KVortex does not serve elastic expert parallelism"),
+    "hosts": ({}, {"nnodes": 2}, "KVortex does not serve tensor parallelism over several hosts"),
+    "groups": ({}, {}, "the model has 2 KV-cache groups and KVortex keeps one: start vLLM with --disable-hybrid"),
 }
 if OLD:
     REFUSED["sleep"] = ({}, {"enable_sleep_mode": True}, "leave --enable-sleep-mode out, or use a later vLLM")
@@ -95,8 +114,11 @@ for what, (transfer, args) in json.loads(sys.argv[3]).items():
     for name, value in args.items():
         place = next(one for one in vars(config).values() if hasattr(one, name))
         object.__setattr__(place, name, value)
+    caches = kv_cache_config(Options(0))
+    if what == "groups":
+        caches.kv_cache_groups *= 2
     try:
-        KVortexConnector(config, KVConnectorRole.SCHEDULER, kv_cache_config(Options(0)))
+        KVortexConnector(config, KVConnectorRole.SCHEDULER, caches)
     except Exception as error:
         print("REFUSED", json.dumps([what, type(error).__name__, str(error)]))
 """

@@ -6,7 +6,7 @@ import os
 import harness
 import pytest
 import streams
-from harness import FITTING, HAS_PARTS, NEW, Options, Run, Wrong
+from harness import FITTING, NEW, Options, Run, Wrong
 from rote import BLOCK, MASK, SALTS, chain_of, words_of
 from streams import LATER, LOAD, STORE
 
@@ -55,7 +55,7 @@ def test_no_position_is_ever_wrong(config, model_folder, order, mode, layout, re
     # 0.15 has room for few loads in the background; the others are inside the steps.
     is_in_step = mode != "async" or not NEW
     assert (totals["in_step"] > 3 * SEEDS) == is_in_step
-    assert (totals["layerwise"] > SEEDS) == (is_in_step and HAS_PARTS)
+    assert (totals["layerwise"] > SEEDS) == (is_in_step)
     if mode == "async":
         assert totals["failed_loads"] > SEEDS / 2
 
@@ -236,8 +236,6 @@ PLANTED = {
 @pytest.mark.parametrize("defect", PLANTED)
 def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect, order):
     plant, mode = PLANTED[defect]
-    if plant is holds_all_layers_but_the_last and not HAS_PARTS:
-        pytest.skip("the connector does not load layer by layer")
     logging.disable(logging.CRITICAL)
     for seed in range(20):
         run = Run(model_folder, Options(seed, order=order, **MODES[mode]), config)

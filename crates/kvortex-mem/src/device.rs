@@ -98,6 +98,35 @@ pub struct Launch {
     pub blocks: u32,
 }
 
+/// Rows of `bytes` bytes at equal distances on each side, which one copy takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyRows {
+    /// Where the first row goes.
+    pub to: usize,
+    /// From one row to the next there: at least `bytes`, at most [`MAX_PITCH`].
+    pub to_pitch: usize,
+    /// Where the first row is.
+    pub from: usize,
+    /// As `to_pitch`.
+    pub from_pitch: usize,
+    /// Length of a row.
+    pub bytes: usize,
+    /// Number of rows, at least 1.
+    pub rows: usize,
+}
+
+/// The greatest distance between two rows.
+pub const MAX_PITCH: usize = i32::MAX as usize;
+
+impl CopyRows {
+    /// From the first byte to the end of the last row, on each side.
+    #[must_use]
+    pub fn spans(&self) -> [(usize, usize); 2] {
+        let span = |pitch: usize| pitch * (self.rows - 1) + self.bytes;
+        [(self.to, span(self.to_pitch)), (self.from, span(self.from_pitch))]
+    }
+}
+
 /// Numbers about a memory pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PoolNumbers {
@@ -156,6 +185,14 @@ pub trait Device: Send + Sync {
     /// Both ranges are such memory, do not overlap, lie each within one allocation or registration, and stay so, with
     /// `to` touched and `from` written by nobody else, until the stream has passed the copy.
     unsafe fn copy(&self, stream: RawStream, to: usize, from: usize, bytes: usize) -> Result<(), MemError>;
+
+    /// As [`copy`](Device::copy), of many rows.
+    ///
+    /// # Safety
+    ///
+    /// As for [`copy`](Device::copy), where the ranges are those of [`CopyRows::spans`]; what lies between the rows is
+    /// neither read nor written.
+    unsafe fn copy_rows(&self, stream: RawStream, copy: &CopyRows) -> Result<(), MemError>;
 
     /// Starts the copy kernel in the order of `stream`.
     ///

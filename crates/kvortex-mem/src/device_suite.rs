@@ -2,7 +2,7 @@
 
 use std::ptr::NonNull;
 
-use crate::device::{Device, DeviceMemory, Event, Item, Launch, Priority, Row, Stream};
+use crate::device::{CopyRows, Device, DeviceMemory, Event, Item, Launch, Priority, Row, Stream};
 use crate::error::MemError;
 use crate::map::{HostMemory, MapOptions};
 use crate::sync::Arc;
@@ -17,6 +17,7 @@ pub fn device_conforms(device: &Arc<dyn Device>) {
     bench.an_event_orders_two_streams();
     bench.a_wait_is_for_what_was_recorded_before_it();
     bench.a_destroyed_event_is_still_waited_for();
+    bench.rows_are_copied_and_nothing_between_them();
     bench.the_kernel_copies_every_item_of_every_row();
     bench.time_passes_between_timed_events();
     bench.memory_that_is_not_there_is_refused();
@@ -146,6 +147,34 @@ impl<'a> Bench<'a> {
             self.settle();
             assert!(self.holds(2, round + 7), "the wait ended with its event");
         }
+    }
+
+    fn rows_are_copied_and_nothing_between_them(&self) {
+        const ROWS: usize = 200;
+        let (bytes, far, near) = (3001, 20_000, 4096);
+        let (there, here) = (self.there.addr().as_ptr() as usize, self.part(2).as_ptr() as usize);
+        // SAFETY: parts of the pinned memory that no stream is using.
+        let pattern = unsafe { std::slice::from_raw_parts_mut(self.part(0).as_ptr(), LEN) };
+        pattern.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at * 31 + at / 251) as u8);
+        self.fill(1, 0xA5);
+        self.fill(2, 0xA5);
+        self.copy(&self.first, 1, true);
+        let from = self.part(0).as_ptr() as usize;
+        let up = CopyRows { to: there, to_pitch: near, from, from_pitch: far, bytes, rows: ROWS };
+        let down = CopyRows { to: here, to_pitch: far, from: there, from_pitch: near, bytes: near, rows: ROWS };
+        // SAFETY: all rows lie in bounds of both sides, which live until the stream has passed.
+        unsafe {
+            self.device.copy_rows(self.first.raw(), &up).expect("a copy of rows to the device");
+            self.device.copy_rows(self.first.raw(), &down).expect("a copy of rows from the device");
+        }
+        self.settle();
+        let mut expected = vec![0xA5; LEN];
+        (0..ROWS)
+            .map(|row| row * far)
+            .for_each(|at| expected[at..at + bytes].copy_from_slice(&pattern[at..at + bytes]));
+        // SAFETY: as above.
+        let seen = unsafe { std::slice::from_raw_parts(self.part(2).as_ptr(), LEN) };
+        assert!(seen == expected, "rows hold other bytes");
     }
 
     fn the_kernel_copies_every_item_of_every_row(&self) {

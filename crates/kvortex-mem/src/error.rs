@@ -22,6 +22,41 @@ pub enum MemError {
         /// What is wrong with it.
         cause: io::Error,
     },
+    /// Memory for several processes cannot be had.
+    #[error(
+        "cannot have {bytes} bytes that processes share: {cause}; ask for a smaller pool, free memory, or enlarge /dev/shm \
+         (in Docker with --shm-size)"
+    )]
+    CannotShare {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// The memory that another process made cannot be opened, or is not what was made.
+    #[error("the memory that process {pid} shares cannot be used: {cause}; restart all processes of the engine")]
+    NotShared {
+        /// The process that made it.
+        pid: u32,
+        /// What is wrong.
+        cause: io::Error,
+    },
+    /// Shared memory of another length than this process was configured for.
+    #[error("the shared memory has {found} bytes where {asked} were asked for: all ranks need the same configuration")]
+    OtherLength {
+        /// Bytes that there are.
+        found: usize,
+        /// Bytes asked for.
+        asked: usize,
+    },
+    /// A folder cannot keep blocks.
+    #[error("{path} cannot keep blocks: {cause}")]
+    Disk {
+        /// The folder.
+        path: String,
+        /// Why, and what to do.
+        cause: io::Error,
+    },
     /// More memory was asked for than the machine, or the control group of this process, has left.
     #[error(
         "{bytes} bytes of host memory asked for, but only {available} are available here (RAM and control-group limit); \

@@ -3,12 +3,13 @@
 //! This crate knows addresses and lengths, never blocks or keys. All `unsafe` code of the core lives here, so that the
 //! crates above it can forbid it.
 //!
-//! * [`map::HostMemory`] is one touched, huge-page-advised mapping.
+//! * [`map::HostMemory`] is one touched, huge-page-advised mapping, of this process or of several.
 //! * [`arena::Arena`] cuts it into equal slots; [`slots::SlotClaim`] is the exclusive right to one of them.
 //! * [`pool::PinnedHostPool`] cuts it into pieces of any size instead.
 //! * [`device_pool::GpuAsyncPool`] gives out memory of a GPU in the order of its streams.
 //! * [`span::Pages`] describes the scattered memory of an engine without listing its fragments.
 //! * [`copy::CopyEngine`] moves bytes between the two.
+//! * `file` moves them between slots and a file.
 //! * [`board::LaneBoard`] tells which copies have ended, also to other processes ([`shared::SharedWords`]).
 //!
 //! ```
@@ -57,6 +58,8 @@ pub mod device_pool;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod device_suite;
 pub mod error;
+#[cfg(not(shuttle))]
+pub mod file;
 pub mod map;
 pub mod marks;
 pub mod numa;

@@ -9,10 +9,15 @@ use std::sync::atomic::AtomicU64;
 use std::{io, slice};
 
 use crate::error::MemError;
+use crate::sync::Mutex;
 
 /// Atomic words, zero at first: of this process alone, or of all that joined the same file.
 #[derive(Debug)]
-pub struct SharedWords(Backing);
+pub struct SharedWords {
+    backing: Backing,
+    /// Of those in this process; the file's own lock is one for all of them.
+    turn: Mutex<()>,
+}
 
 #[derive(Debug)]
 enum Backing {
@@ -26,7 +31,7 @@ struct Mapping {
     base: NonNull<AtomicU64>,
     count: usize,
     path: PathBuf,
-    _locked: File,
+    locked: File,
 }
 
 // SAFETY: the mapping is plain memory, owned by this object and reached only as atomics.
@@ -37,7 +42,7 @@ unsafe impl Sync for Mapping {}
 impl SharedWords {
     /// `count` words of this process.
     pub fn private(count: usize) -> SharedWords {
-        SharedWords(Backing::Private((0..count).map(|_| AtomicU64::new(0)).collect()))
+        SharedWords::over(Backing::Private((0..count).map(|_| AtomicU64::new(0)).collect()))
     }
 
     /// `count` words in the file at `path`, made if nobody uses it. What a process that died left there is wiped.
@@ -49,14 +54,29 @@ impl SharedWords {
             let file = open(path).map_err(failed)?;
             if let Some(file) = settle(file, count).map_err(failed)? {
                 let base = map(&file, count).map_err(failed)?;
-                return Ok(SharedWords(Backing::Mapped(Mapping { base, count, path: path.to_owned(), _locked: file })));
+                let mapping = Mapping { base, count, path: path.to_owned(), locked: file };
+                return Ok(SharedWords::over(Backing::Mapped(mapping)));
             }
         }
     }
 
+    fn over(backing: Backing) -> SharedWords {
+        SharedWords { backing, turn: Mutex::new(()) }
+    }
+
+    /// Does `work` while none of the others who joined does theirs. Who dies in it lets the next one begin.
+    pub fn alone<T>(&self, work: impl FnOnce() -> T) -> Result<T, MemError> {
+        let _turn = self.turn.lock();
+        let _alone = match &self.backing {
+            Backing::Private(_) => None,
+            Backing::Mapped(mapping) => Some(Alone::wait(mapping)?),
+        };
+        Ok(work())
+    }
+
     /// The words.
     pub fn words(&self) -> &[AtomicU64] {
-        match &self.0 {
+        match &self.backing {
             Backing::Private(words) => words,
             // SAFETY: the mapping holds `count` words as long as this object lives; others use them as atomics only.
             Backing::Mapped(mapping) => unsafe { slice::from_raw_parts(mapping.base.as_ptr(), mapping.count) },
@@ -65,11 +85,45 @@ impl SharedWords {
 
     /// Takes the file's name away, so that nobody else can join and nothing is left behind.
     pub fn close_door(&self) {
-        if let Backing::Mapped(mapping) = &self.0
+        if let Backing::Mapped(mapping) = &self.backing
             && let Err(error) = fs::remove_file(&mapping.path)
         {
             log::debug!("{} is gone already: {error}", mapping.path.display());
         }
+    }
+}
+
+/// A lock of the file, apart from the one that says who uses it, until dropped.
+struct Alone<'a>(&'a File);
+
+impl Alone<'_> {
+    fn wait(mapping: &Mapping) -> Result<Alone<'_>, MemError> {
+        while let Err(cause) = lock_record(&mapping.locked, libc::F_WRLCK) {
+            if cause.kind() != io::ErrorKind::Interrupted {
+                return Err(MemError::Shared { path: mapping.path.display().to_string(), cause });
+            }
+        }
+        Ok(Alone(&mapping.locked))
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = lock_record(self.0, libc::F_UNLCK) {
+            log::warn!("a lock between processes is kept: {error}");
+        }
+    }
+}
+
+/// Waits for a lock that belongs to `file` as it was opened, and not to the process.
+fn lock_record(file: &File, how: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain numbers, all of them 0 where they are not set.
+    let mut record: libc::flock = unsafe { std::mem::zeroed() };
+    (record.l_type, record.l_whence) = (how as libc::c_short, libc::SEEK_SET as libc::c_short);
+    // SAFETY: the descriptor is open, and `record` lives during the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &record) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -172,6 +226,25 @@ mod tests {
         let next = SharedWords::join(&path, 4).unwrap();
         assert!(next.words().iter().all(|word| word.load(Ordering::Acquire) == 0));
         next.close_door();
+    }
+
+    #[test]
+    fn one_works_alone_and_the_others_wait() {
+        let path = path("alone");
+        let all: Vec<_> = (0..3).map(|_| SharedWords::join(&path, 2).unwrap()).collect();
+        all[0].close_door();
+        let step = |words: &SharedWords| {
+            let seen = words.words()[0].load(Ordering::Relaxed);
+            std::thread::yield_now();
+            words.words()[0].store(seen + 1, Ordering::Relaxed);
+        };
+        std::thread::scope(|scope| {
+            for words in all.iter().chain(&all) {
+                scope.spawn(move || (0..200).for_each(|_| words.alone(|| step(words)).unwrap()));
+            }
+        });
+        assert_eq!(all[1].words()[0].load(Ordering::Relaxed), 6 * 200);
+        assert_eq!(SharedWords::private(1).alone(|| 7).unwrap(), 7);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use kvortex::{Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket, Value};
+use kvortex::{
+    Admission, DiskConfig, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket,
+    TierStats, Value,
+};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -263,6 +266,16 @@ impl PyEngine {
         entry(py, || self.call(py, Engine::reset))
     }
 
+    /// Waits until the disk tier has kept, or given up, what was saved so far. Returns whether that was in time; true without one.
+    #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
+    fn flush(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        entry(py, || {
+            let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
+            let timeout = timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64));
+            self.call(py, |engine| engine.flush(timeout))
+        })
+    }
+
     /// Refuses new work, waits for copies in flight and lets the memory go once nothing uses it. Returns whether all copies
     /// ended in time. Can be called again; also runs at exit.
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
@@ -344,7 +357,23 @@ pub(crate) fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<Engine
             method: method(&config.getattr("copy_method")?.extract::<String>()?),
             staging_bytes: config.getattr("staging_bytes")?.extract()?,
         },
+        disk: disk(config)?,
+        disk_read_deadline: Duration::from_millis(config.getattr("disk_read_deadline_ms")?.extract()?),
     })
+}
+
+/// The disk tier, if a folder is named.
+fn disk(config: &Bound<'_, PyAny>) -> PyResult<Option<DiskConfig>> {
+    let paths: Vec<String> = config.getattr("disk_paths")?.extract()?;
+    if paths.is_empty() {
+        return Ok(None);
+    }
+    let mut disk = DiskConfig::new(paths, config.getattr("disk_size_bytes")?.extract()?);
+    disk.queue_bytes = config.getattr("disk_queue_bytes")?.extract()?;
+    if config.getattr("disk_admission")?.extract::<String>()? == "second_touch" {
+        disk.admission = Admission::SecondTouch;
+    }
+    Ok(Some(disk))
 }
 
 /// The method of this name; `None` for "auto".
@@ -421,6 +450,31 @@ fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
     dict.set_item("num_transfer_streams", stats.threads)?;
     dict.set_item("eviction_watermark", stats.watermark)?;
     dict.set_item("eviction_ratio", stats.ratio)?;
+    dict.set_item("disk", stats.disk.map(|disk| disk_dict(py, &disk)).transpose()?)?;
+    Ok(dict)
+}
+
+fn disk_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("blocks", stats.blocks)?;
+    dict.set_item("capacity_blocks", stats.capacity_blocks)?;
+    dict.set_item("bytes", stats.bytes)?;
+    dict.set_item("max_bytes", stats.max_bytes)?;
+    dict.set_item("queued_bytes", stats.queued_bytes)?;
+    dict.set_item("hits", stats.hits)?;
+    dict.set_item("misses", stats.misses)?;
+    dict.set_item("written_blocks", stats.written)?;
+    dict.set_item("bytes_written", stats.bytes_written)?;
+    dict.set_item("bytes_read", stats.bytes_read)?;
+    dict.set_item("refused", stats.refused)?;
+    dict.set_item("dropped", stats.dropped)?;
+    dict.set_item("evictions", stats.evictions)?;
+    dict.set_item("corrupt", stats.corrupt)?;
+    dict.set_item("errors", stats.errors)?;
+    dict.set_item("late", stats.late)?;
+    dict.set_item("recovered_blocks", stats.recovered)?;
+    dict.set_item("scanning", stats.scanning)?;
+    dict.set_item("failing", stats.failing)?;
     Ok(dict)
 }
 

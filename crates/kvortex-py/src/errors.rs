@@ -62,11 +62,13 @@ pub(crate) fn raise_mem(error: &MemError) -> PyErr {
     let message = error.to_string();
     match error {
         MemError::Map { .. } | MemError::TooLarge { .. } | MemError::TooSmall { .. } => CapacityError::new_err(message),
-        MemError::OutOfDeviceMemory { .. } => CapacityError::new_err(message),
+        MemError::OutOfDeviceMemory { .. } | MemError::CannotShare { .. } => CapacityError::new_err(message),
         MemError::NoDevice { .. } => CudaUnavailableError::new_err(message),
         MemError::Device { .. } | MemError::DeviceLost { .. } => CudaError::new_err(message),
         MemError::WrongPlace { .. } => UnsupportedError::new_err(message),
-        MemError::NoSuchNode { .. } | MemError::TooManySlots { .. } => ConfigError::new_err(message),
+        MemError::NoSuchNode { .. } | MemError::TooManySlots { .. } | MemError::OtherLength { .. } => {
+            ConfigError::new_err(message)
+        }
         MemError::OutOfMemory { .. } => PoolExhaustedError::new_err(message),
         MemError::ForeignPointer { .. } => ForeignPointerError::new_err(message),
         MemError::DoubleFree { .. } => DoubleFreeError::new_err(message),

@@ -75,7 +75,8 @@ fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool) -> PyResult<Bound
     const BLOCK: usize = 2 << 20;
     let methods = PyDict::new(py);
     for fragment in (12..22).map(|power| 1usize << power) {
-        let shape = Shape { bytes: BLOCKS * BLOCK, fragments: BLOCKS * (BLOCK / fragment), slots: BLOCKS };
+        let shape =
+            Shape { bytes: BLOCKS * BLOCK, fragments: BLOCKS * (BLOCK / fragment), slots: BLOCKS, rows: BLOCKS };
         methods.set_item(fragment, rates.choose(&shape, maps_host).name())?;
     }
     let dict = PyDict::new(py);

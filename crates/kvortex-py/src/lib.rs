@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 mod answers;
 mod device_pool;
+mod disk;
 #[expect(unsafe_code, reason = "raw memory crosses the border here and nowhere else")]
 mod dlpack;
 mod engine;
@@ -35,6 +36,8 @@ mod _core {
     use answers::{Block, PyLease, PyMask, PyReport, PyTicket};
     #[pymodule_export]
     use device_pool::{DeviceBuffer, PyDevicePool};
+    #[pymodule_export]
+    use disk::{inspect_disk, trim_disk};
     #[pymodule_export]
     use dlpack::HostView;
     #[pymodule_export]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvortex::SlotId;
-use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Seat};
+use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Rows, Seat};
 use kvortex_mem::span::Pages;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -30,11 +30,12 @@ pub(crate) struct PyRankPlanner(RankPlanner);
 
 #[pymethods]
 impl PyRankPlanner {
-    /// A planner for `ranks` ranks of `cpu_pool_size_bytes` each. Only the first `storing_ranks` store, all by default.
+    /// A planner for `ranks` ranks of `cpu_pool_size_bytes` each, or with `rows="one"` in all. Only the first `storing_ranks`
+    /// store, all by default.
     #[expect(clippy::too_many_arguments, reason = "each says one thing of the engine, by name")]
     #[new]
-    #[pyo3(signature = (engine_id, ranks, *, cpu_pool_size_bytes, block_size_bytes, namespace, storing_ranks=None,
-                        eviction_watermark=0.8, eviction_ratio=0.2))]
+    #[pyo3(signature = (engine_id, ranks, *, cpu_pool_size_bytes, block_size_bytes, namespace, rows="private",
+                        storing_ranks=None, eviction_watermark=0.8, eviction_ratio=0.2))]
     fn new(
         py: Python<'_>,
         engine_id: String,
@@ -42,6 +43,7 @@ impl PyRankPlanner {
         cpu_pool_size_bytes: &Bound<'_, PyAny>,
         block_size_bytes: &Bound<'_, PyAny>,
         namespace: &Bound<'_, PyAny>,
+        rows: &str,
         storing_ranks: Option<&Bound<'_, PyAny>>,
         eviction_watermark: f64,
         eviction_ratio: f64,
@@ -50,7 +52,7 @@ impl PyRankPlanner {
             logs::follow_level(py)?;
             let ranks = whole("ranks", ranks)?;
             let storing = storing_ranks.map_or(Ok(ranks), |storing| whole("storing_ranks", storing))?;
-            let seat = seat(cpu_pool_size_bytes, block_size_bytes, namespace)?;
+            let seat = seat(cpu_pool_size_bytes, block_size_bytes, namespace)?.with_rows(rows_of(rows)?);
             let marks = (eviction_watermark, eviction_ratio);
             detached(py, || RankPlanner::new(RankBoard::join(&engine_id, ranks)?, seat, storing, marks)).map(Self)
         })
@@ -138,10 +140,11 @@ pub(crate) struct PyRankMover(Option<Arc<RankMover>>);
 
 #[pymethods]
 impl PyRankMover {
-    /// Maps `config.cpu_pool_size_bytes` for `rank`. What the planner was given must be the same.
+    /// Maps `config.cpu_pool_size_bytes` for `rank`, or with `rows="one"` for all. What the planner was given must be the
+    /// same.
     #[expect(clippy::too_many_arguments, reason = "each says one thing of the rank, by name")]
     #[new]
-    #[pyo3(signature = (config, engine_id, ranks, rank, *, block_size_bytes, namespace))]
+    #[pyo3(signature = (config, engine_id, ranks, rank, *, block_size_bytes, namespace, rows="private"))]
     fn new(
         py: Python<'_>,
         config: &Bound<'_, PyAny>,
@@ -150,11 +153,13 @@ impl PyRankMover {
         rank: &Bound<'_, PyAny>,
         block_size_bytes: &Bound<'_, PyAny>,
         namespace: &Bound<'_, PyAny>,
+        rows: &str,
     ) -> PyResult<Self> {
         entry(py, || {
             logs::follow_level(py)?;
             let (ranks, rank) = (whole("ranks", ranks)?, whole("rank", rank)?);
             let seat = seat(&config.getattr("cpu_pool_size_bytes")?, block_size_bytes, namespace)?;
+            let seat = seat.with_rows(rows_of(rows)?);
             let config = settings(config, "")?;
             let create = || RankMover::create(&config, (&RankBoard::join(&engine_id, ranks)?, rank), &seat);
             Ok(Self(Some(Arc::new(detached(py, create)?))))
@@ -264,6 +269,16 @@ impl Drop for PyRankMover {
 fn seat(pool: &Bound<'_, PyAny>, block: &Bound<'_, PyAny>, given: &Bound<'_, PyAny>) -> PyResult<Seat> {
     let (pool, block) = (whole("cpu_pool_size_bytes", pool)?, whole("block_size_bytes", block)?);
     Seat::fit(pool, block, namespace(given)?).map_err(raise)
+}
+
+/// The rows of this name.
+fn rows_of(name: &str) -> PyResult<Rows> {
+    match name {
+        "private" => Ok(Rows::Private),
+        "open" => Ok(Rows::Open),
+        "one" => Ok(Rows::One),
+        _ => Err(invalid(format!("rows = {name:?}: give one of \"private\", \"open\", \"one\""))),
+    }
 }
 
 fn packed<'py>(py: Python<'py>, numbers: impl Iterator<Item = u32>) -> Bound<'py, PyBytes> {

@@ -27,6 +27,11 @@ pub struct EngineConfig {
     pub namespace: Namespace,
     /// The GPU whose memory pages may lie in, and how to copy from and to it.
     pub gpu: GpuConfig,
+    /// Where blocks are kept beyond the host's memory and this process.
+    #[cfg(not(shuttle))]
+    pub disk: Option<crate::tier::disk::DiskConfig>,
+    /// How long a lookup or load may wait for blocks from the disk.
+    pub disk_read_deadline: std::time::Duration,
 }
 
 /// Which GPU an engine works with.
@@ -91,6 +96,9 @@ impl EngineConfig {
             numa_node: None,
             namespace: Namespace::default(),
             gpu: GpuConfig::default(),
+            #[cfg(not(shuttle))]
+            disk: None,
+            disk_read_deadline: std::time::Duration::from_millis(250),
         }
     }
 

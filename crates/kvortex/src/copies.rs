@@ -1,12 +1,17 @@
 //! Which copy engine serves an engine: the CPU alone, or the CPU and a GPU.
 
+use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, HostCopy};
 use kvortex_mem::device::Device;
 use kvortex_mem::map::{HostMemory, MapOptions};
 
 use crate::config::{DeviceChoice, EngineConfig};
 use crate::error::Result;
+use crate::lower::Lower;
+use crate::namespace::Namespace;
 use crate::sync::Arc;
+#[cfg(not(shuttle))]
+use crate::tier::{Identity, disk::DiskTier};
 
 /// The device that `choice` names; `None` if it leaves that open and none can be used.
 ///
@@ -38,14 +43,43 @@ pub fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
     Ok(None)
 }
 
+/// The tier below an arena, if one is configured and can be used. It outlives the process, so it needs to know whose blocks these
+/// are. One that cannot be used is a warning: the host tier serves without.
+#[cfg(not(shuttle))]
+pub(crate) fn lower(config: &EngineConfig, arena: &Arc<Arena>, namespace: Namespace) -> Option<Lower> {
+    let disk = config.disk.clone()?;
+    if namespace == Namespace::default() {
+        log::warn!("the disk tier stays off: nothing says which model the blocks belong to; bind a namespace");
+        return None;
+    }
+    match DiskTier::open(disk, arena, Identity { namespace, row: 0, world: 1 }) {
+        Ok(tier) => Some(Lower::new(Arc::new(tier), config.disk_read_deadline)),
+        Err(error) => {
+            log::warn!("the disk tier stays off: {error}");
+            None
+        }
+    }
+}
+
+/// There are no files in a model.
+#[cfg(shuttle)]
+pub(crate) fn lower(_: &EngineConfig, _: &Arc<Arena>, _: Namespace) -> Option<Lower> {
+    None
+}
+
 /// The memory of an arena, near its GPU unless `config` says otherwise.
 pub(crate) fn map(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> Result<HostMemory> {
-    Ok(HostMemory::map(&MapOptions {
+    Ok(HostMemory::map(&map_options(config, device))?)
+}
+
+/// How that memory is mapped.
+pub(crate) fn map_options(config: &EngineConfig, device: Option<&Arc<dyn Device>>) -> MapOptions {
+    MapOptions {
         bytes: config.pool_bytes,
         huge_pages: config.huge_pages,
         numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
         touch_threads: config.threads,
-    })?)
+    }
 }
 
 /// The copies of an engine whose arena is `memory`, which is page-locked if there is a device. Where it cannot be, copies are

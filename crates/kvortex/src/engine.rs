@@ -1,7 +1,7 @@
 //! Planner and mover in one process.
 
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, check_targets};
@@ -20,6 +20,7 @@ use crate::fork::Owner;
 use crate::key::{Keys, MAX_TOKENS};
 use crate::layout::Layout;
 use crate::lease::Lease;
+use crate::lower::{Lower, Reach};
 use crate::mask::BlockMask;
 use crate::metrics::Metrics;
 use crate::mover::Mover;
@@ -60,6 +61,8 @@ pub(crate) struct Bound {
     pub(crate) planner: Planner,
     pub(crate) mover: Mover,
     pub(crate) metrics: Arc<Metrics>,
+    /// Dropped last but for the arena: what it reads goes there.
+    pub(crate) lower: Option<Lower>,
 }
 
 /// Blocks that stay where they are while this lives, with their addresses.
@@ -205,6 +208,7 @@ impl Engine {
     /// # Errors
     /// As [`save`](Self::save); also for pages that are read-only or overlap.
     pub fn load(&self, keys: Keys<'_>, pages: Pages) -> Result<Report> {
+        self.promote(keys, Reach::Each)?;
         match self.start_load(keys, &pages)? {
             Some(flight) => flight.run(pages),
             None => Ok(self.all_missing(keys.len())),
@@ -251,20 +255,26 @@ impl Engine {
         ticket.wait(timeout)
     }
 
-    /// Which blocks are there. Takes no lease and changes no order.
+    /// Which blocks are there, or seem to be in the tier below. Takes no lease and changes no order.
     ///
     /// # Errors
     /// [`Error::Closed`], [`Error::Forked`], or too many keys.
     pub fn check(&self, keys: Keys<'_>) -> Result<BlockMask> {
         let bound = self.bound_if(keys)?;
-        Ok(bound.map_or_else(|| BlockMask::new(keys.len()), |bound| bound.planner.index().ready_mask(keys)))
+        let Some(bound) = bound else { return Ok(BlockMask::new(keys.len())) };
+        let mut mask = bound.planner.index().ready_mask(keys);
+        if let Some(lower) = &bound.lower {
+            mask.include(&lower.contains(keys));
+        }
+        Ok(mask)
     }
 
-    /// Length of the longest prefix that is there, in blocks. Takes no lease and changes no order.
+    /// Length of the longest prefix that is there, in blocks, once what a tier below has of it was brought up. Takes no lease.
     ///
     /// # Errors
     /// As [`check`](Self::check).
     pub fn match_prefix(&self, keys: Keys<'_>) -> Result<usize> {
+        self.promote(keys, Reach::Prefix)?;
         Ok(self.bound_if(keys)?.map_or(0, |bound| bound.planner.index().prefix_len(keys)))
     }
 
@@ -274,6 +284,7 @@ impl Engine {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn lease_prefix(&self, keys: Keys<'_>) -> Result<LeasedBlocks> {
+        self.promote(keys, Reach::Prefix)?;
         let bound = self.bound_if(keys)?;
         let leased = leased(bound.as_deref(), |bound| bound.planner.index().lease_prefix(keys));
         self.inner.metrics.misses.fetch_add((keys.len() - leased.len()) as u64, Ordering::Relaxed);
@@ -285,6 +296,7 @@ impl Engine {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn lease_each(&self, keys: Keys<'_>) -> Result<(LeasedBlocks, BlockMask)> {
+        self.promote(keys, Reach::Each)?;
         let bound = self.bound_if(keys)?;
         let mut mask = BlockMask::new(keys.len());
         let leased = leased(bound.as_deref(), |bound| {
@@ -303,7 +315,10 @@ impl Engine {
     /// # Errors
     /// [`Error::Closed`] or [`Error::Forked`].
     pub fn reset(&self) -> Result<usize> {
-        Ok(self.bound()?.map_or(0, |bound| bound.planner.index().clear()))
+        let Some(bound) = self.bound()? else { return Ok(0) };
+        let forgotten = bound.planner.index().clear();
+        bound.lower.as_ref().map(Lower::clear);
+        Ok(forgotten)
     }
 
     /// Refuses new work, waits for copies in flight up to `timeout`, and lets go of the memory once no lease and no copy
@@ -313,15 +328,26 @@ impl Engine {
             return true;
         }
         let state = std::mem::replace(&mut *self.inner.state.write(), State::Closed);
-        let ended = self.inner.copies.stop(timeout);
+        let end = Instant::now() + timeout;
+        let mut ended = self.inner.copies.stop(timeout);
         if !ended {
             log::warn!(
                 "shut down with copies in flight after {} ms; their memory stays until they end",
                 timeout.as_millis()
             );
         }
+        ended &= lower_of(&state).is_none_or(|lower| lower.stop(end.saturating_duration_since(Instant::now())));
         drop(state);
         ended
+    }
+
+    /// Waits until the tier below has kept, or given up, what was saved so far. True if that was in time, or there is none.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] or [`Error::Forked`].
+    pub fn flush(&self, patience: Duration) -> Result<bool> {
+        let bound = self.bound()?;
+        Ok(bound.and_then(|bound| bound.lower.as_ref().map(|lower| lower.flush(patience))).unwrap_or(true))
     }
 
     /// Numbers at this moment.
@@ -362,6 +388,16 @@ impl Engine {
     fn bound_if(&self, keys: Keys<'_>) -> Result<Option<Arc<Bound>>> {
         check_count(keys.len())?;
         self.bound()
+    }
+
+    /// Brings up what is wanted from the tier below.
+    fn promote(&self, keys: Keys<'_>, reach: Reach) -> Result<()> {
+        if let Some(bound) = self.bound_if(keys)?
+            && let Some(lower) = &bound.lower
+        {
+            lower.promote(&bound.planner, keys, reach);
+        }
+        Ok(())
     }
 
     /// The bound engine, bound now if it was not.
@@ -433,6 +469,7 @@ impl Engine {
 impl Inner {
     fn cut(&self, memory: HostMemory, layout: Layout, namespace: Namespace) -> Result<Bound> {
         let arena = Arc::new(Arena::cut(memory, layout.block_bytes())?);
+        let lower = copies::lower(&self.config, &arena, namespace);
         let host = Host::new(arena);
         let slots = host.slots().clone();
         let marks = Watermarks::new(slots.total(), self.config.watermark, self.config.ratio);
@@ -448,7 +485,15 @@ impl Inner {
             planner: Planner::new(slots, marks, Arc::clone(&self.metrics.evictions)),
             mover: Mover::new(host, Arc::clone(&self.copies)),
             metrics: Arc::clone(&self.metrics),
+            lower,
         })
+    }
+}
+
+fn lower_of(state: &State) -> Option<&Lower> {
+    match state {
+        State::Bound(bound) => bound.lower.as_ref(),
+        _ => None,
     }
 }
 

@@ -8,7 +8,7 @@ use kvortex_mem::span::Pages;
 
 use crate::engine::Bound;
 use crate::error::{Error, Result};
-use crate::key::Keys;
+use crate::key::{KEY_BYTES, Keys};
 use crate::mask::BlockMask;
 use crate::plan::{Kind, Plan, Report, TicketId};
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
@@ -29,6 +29,8 @@ struct OpenPlan {
     report: Report,
     /// Positions of the blocks that are copied.
     copied: BlockMask,
+    /// Of a save, if there is a tier below to offer them to.
+    keys: Vec<[u8; KEY_BYTES]>,
     copies: usize,
     start: Instant,
     handle: Option<Ticket>,
@@ -42,7 +44,11 @@ impl Flight {
         report.present = planned.ready.count() + planned.pending;
         report.refused = planned.refused;
         report.mask = planned.ready;
-        Self::new(bound, planned.plan, report, start)
+        let mut flight = Self::new(bound, planned.plan, report, start);
+        if flight.open.bound.lower.is_some() {
+            flight.open.keys = keys.iter().map(|key| *key.as_bytes()).collect();
+        }
+        flight
     }
 
     pub(crate) fn load(bound: Arc<Bound>, keys: Keys<'_>) -> Self {
@@ -57,7 +63,10 @@ impl Flight {
         let mut copied = BlockMask::new(report.mask.len());
         plan.steps.iter().for_each(|step| copied.set(step.page as usize));
         let (kind, ticket, copies) = (plan.kind, plan.ticket, plan.steps.len());
-        Self { plan, open: OpenPlan { bound, kind, ticket, report, copied, copies, start, handle: None } }
+        Self {
+            plan,
+            open: OpenPlan { bound, kind, ticket, report, copied, keys: Vec::new(), copies, start, handle: None },
+        }
     }
 
     /// Makes the copies and returns when they are done.
@@ -178,6 +187,9 @@ impl OpenPlan {
             report.mask.include(&self.copied);
         }
         report.elapsed = self.start.elapsed();
+        if let Some(lower) = self.bound.lower.as_ref().filter(|_| !self.keys.is_empty()) {
+            lower.offer(&self.bound.planner, Keys::from_slices(&self.keys));
+        }
         self.bound.metrics.count(&report);
         report
     }

@@ -33,6 +33,7 @@ pub mod index;
 mod key;
 pub mod layout;
 mod lease;
+mod lower;
 mod mask;
 mod metrics;
 pub mod mover;
@@ -62,4 +63,7 @@ pub use plan::{Kind, Report};
 pub use profile::link_profile;
 pub use stats::Stats;
 pub use ticket::Ticket;
+#[cfg(not(shuttle))]
+pub use tier::disk::{Admission, DiskConfig, Kept, inspect as inspect_disk, trim as trim_disk};
 pub use tier::host::SlotId;
+pub use tier::{Identity, TierStats};

@@ -82,6 +82,22 @@ impl Planner {
         (self.open(Kind::Load, steps, Open::Load { _lease: lease }), mask)
     }
 
+    /// Takes slots for the blocks that are not there, to be filled one by one: position among the keys, and slot. Blocks that
+    /// find no room are left out, the tail first.
+    pub fn plan_promotion(&self, keys: Keys<'_>) -> Vec<(u32, SlotId, Writing)> {
+        let reserved = self.index.reserve(keys);
+        let wanted = reserved.reservation.len();
+        let writing = reserved.reservation.begin(self.room(wanted));
+        writing
+            .split()
+            .into_iter()
+            .filter_map(|single| {
+                let (position, slot) = single.steps().next()?;
+                Some((position, slot, single))
+            })
+            .collect()
+    }
+
     /// Plans to load the blocks of `lease`, and holds it until the plan is settled.
     pub fn plan_leased(&self, lease: Lease) -> TicketId {
         self.open(Kind::Load, Vec::new(), Open::Load { _lease: lease }).ticket

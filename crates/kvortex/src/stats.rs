@@ -2,8 +2,10 @@
 
 use crate::config::EngineConfig;
 use crate::engine::Bound;
+use crate::lower::Lower;
 use crate::metrics::{LaneStats, Metrics};
 use crate::sync::Ordering;
+use crate::tier::TierStats;
 
 /// Counters since the engine was created, and sizes now. Sizes are 0 while the engine is not bound, and after its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -52,6 +54,8 @@ pub struct Stats {
     pub watermark: f64,
     /// Share of the watermark that a sweep gives back.
     pub ratio: f64,
+    /// Of the tier below, if there is one.
+    pub disk: Option<TierStats>,
 }
 
 impl Stats {
@@ -97,5 +101,6 @@ impl Stats {
         self.huge_page_bytes = host.huge_page_bytes;
         self.pinned = host.pinned;
         self.in_flight = bound.planner.in_flight();
+        self.disk = bound.lower.as_ref().map(Lower::stats);
     }
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
@@ -11,7 +12,7 @@ import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
 from kvortex.vllm import layout as layouts
 from kvortex.vllm import settings
-from kvortex.vllm.identity import check_hashes, namespace
+from kvortex.vllm.identity import check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.worker import WorkerSide
@@ -69,9 +70,11 @@ class KVortexConnector(KVConnectorBase_V1):
         self._layout = layouts.describe(kv_cache_config)
         spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len) if self._frees_aborted else None
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
-        self._namespace = namespace(vllm_config, self._layout, vllm.__version__)
+        self._namespace = identify(vllm_config, self._layout, vllm.__version__).namespace
         self._engine_id = str(transfer.engine_id)
-        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // self._ranks))
+        self._rows: Literal["private", "one"] = "one" if self._layout.replicated and self._ranks > 1 else "private"
+        shares = 1 if self._rows == "one" else self._ranks
+        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // shares))
         self._vllm = vllm_config
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -85,15 +88,17 @@ class KVortexConnector(KVConnectorBase_V1):
             cpu_pool_size_bytes=self._config.cpu_pool_size_bytes,
             block_size_bytes=self._layout.block_size_bytes,
             namespace=self._namespace,
+            rows=self._rows,
             eviction_watermark=self._config.eviction_watermark,
             eviction_ratio=self._config.eviction_ratio,
         )
         blocks = planner.get_stats()["capacity_blocks"]
         log.info(
-            "KVortex keeps %d blocks of %d tokens, %d bytes on each of %d ranks (%d layers), loads: %s, namespace %s",
+            "KVortex keeps %d blocks of %d tokens, %d bytes %s of %d ranks (%d layers), loads: %s, namespace %s",
             blocks,
             self._layout.block_tokens,
             self._layout.block_size_bytes,
+            "once for all" if self._rows == "one" else "on each",
             self._ranks,
             len(self._layout.layers),
             mode.name,
@@ -133,8 +138,11 @@ class KVortexConnector(KVConnectorBase_V1):
             connector_output.finished_sending = (connector_output.finished_sending or set()) | left
 
     def reset_cache(self) -> bool | None:
-        """Forgets every block."""
-        log.info("%d blocks forgotten", self._of_scheduler.reset())
+        """Forgets every block. vLLM calls this before it sleeps: then copies have ended before their memory goes."""
+        side, model = self._of_scheduler, self._vllm.model_config
+        log.info("%d blocks forgotten", side.reset())
+        if _of(model, "enable_sleep_mode", False) or _of(model, "enable_cumem_allocator", False):
+            side.drain()
         return True
 
     @property
@@ -155,6 +163,7 @@ class KVortexConnector(KVConnectorBase_V1):
         rank = _rank()
         place = next(iter(kv_caches.values())).device
         device = f"cuda:{place.index or 0}" if place.type == "cuda" else "none"
+        start = time.perf_counter()
         mover = RankMover(
             KVortexConfig.of(self._config, device=device),
             self._engine_id,
@@ -162,19 +171,26 @@ class KVortexConnector(KVConnectorBase_V1):
             rank,
             block_size_bytes=self._layout.block_size_bytes,
             namespace=self._namespace,
+            rows=self._rows,
         )
         log.info(
-            "KVortex rank %d of %d: %s, %d bytes of %s memory, copies to %s by %s, namespace %s",
+            "KVortex rank %d of %d: %s, %d bytes of %s memory%s in %.2f s, copies to %s by %s, namespace %s",
             rank,
             self._ranks,
             cache,
             self._config.cpu_pool_size_bytes,
             "page-locked" if mover.pinned else "plain",
+            " that all ranks share" if self._rows == "one" else "",
+            time.perf_counter() - start,
             place,
             self._config.copy_method if device != "none" else "the CPU",
             self._namespace.hex()[:16],
         )
-        self._worker = WorkerSide(mover, cache)
+        hooks = None
+        if device != "none" and self._vllm.speculative_config is None:
+            # A drafter's layers run with their hooks in some steps and inside a graph in others.
+            hooks = layouts.layer_hooks(self._layout, kv_caches, cache)
+        self._worker = WorkerSide(mover, cache, hooks)
 
     def handle_preemptions(self, arg: Any) -> None:
         """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
@@ -191,11 +207,11 @@ class KVortexConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Starts the loads of the step."""
-        self._of_worker.load()
+        self._of_worker.load(forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Checks that ``start_load_kv`` was called: when it returns, loads are in place or ordered before the pass."""
-        self._of_worker.computes()
+        """Puts the layer's part of the step's loads, where they are not awaited as a whole, before its computation."""
+        self._of_worker.computes(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Blocks are stored whole, after the pass."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import threading
-from typing import Any
+from typing import Any, NamedTuple
+
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
 
 from kvortex import Namespace, UnsupportedError
+from kvortex.vllm.weights import ModelFiles, files_of
 
-__all__ = ["KEY", "KeySource", "RequestKeys", "check_hashes", "namespace"]
+__all__ = ["KEY", "EngineIdentity", "KeySource", "RequestKeys", "check_hashes", "identify"]
 
 log = logging.getLogger("kvortex.vllm")
 
 KEY = 32
 """Bytes of a key."""
+
+ALGORITHMS = ("sha256", "sha256_cbor")
 
 
 class RequestKeys:
@@ -35,6 +42,12 @@ class KeySource:
     def __init__(self) -> None:
         self._adapters = Adapters()
         self._refused = False
+        self._root_is_fixed: bool | None = None
+
+    @property
+    def survives_restart(self) -> bool | None:
+        """Whether the same tokens have the same keys in other processes; None until the first keys were made."""
+        return self._root_is_fixed
 
     def extend(self, keys: RequestKeys, request: Any) -> bool:
         """Adds what the engine has hashed since. False if the request has other tokens than before, thus other keys."""
@@ -58,6 +71,14 @@ class KeySource:
                 "--prefix-caching-hash-algo sha256; nothing is kept",
                 len(fresh[0]),
             )
+        elif self._root_is_fixed is None:
+            # Not before: vLLM chooses the root after it has made the connector.
+            self._root_is_fixed = root_is_fixed()
+            if not self._root_is_fixed:
+                log.info(
+                    "block hashes begin at random in each process, so blocks can be kept in host memory only: to keep "
+                    "them for the next start, set PYTHONHASHSEED to the same number for every start"
+                )
         return not self._refused
 
     def _identify(self, fresh: list[bytes], lora_request: Any) -> bytes:
@@ -66,6 +87,14 @@ class KeySource:
             return b"".join(fresh)
         digest = self._adapters.digest(lora_request)
         return b"" if digest is None else b"".join(hashlib.sha256(digest + one).digest() for one in fresh)
+
+
+def root_is_fixed() -> bool:
+    """Whether vLLM's block hashes begin with what another process begins with."""
+    seeds = (os.environ.get("PYTHONHASHSEED"), getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None))
+    hashes = [get_hash_fn_by_name(name) for name in ALGORITHMS]
+    root = getattr(kv_cache_utils, "NONE_HASH", None)
+    return root in [hash_of(seed) for hash_of in hashes for seed in seeds if seed is not None]
 
 
 class Adapters:
@@ -122,26 +151,62 @@ def check_hashes(cache_config: Any) -> None:
     if not cache_config.enable_prefix_caching:
         raise UnsupportedError("prefix caching is off and KVortex needs its block hashes: --enable-prefix-caching")
     algorithm = str(cache_config.prefix_caching_hash_algo)
-    if algorithm not in ("sha256", "sha256_cbor"):
+    if algorithm not in ALGORITHMS:
         raise UnsupportedError(
             f"--prefix-caching-hash-algo is {algorithm}, whose hashes may collide: use sha256 or sha256_cbor"
         )
 
 
-def namespace(vllm_config: Any, layout: Any, version: str) -> Namespace:
-    """The namespace of the engine's blocks, the same in the scheduler and in every rank."""
+class EngineIdentity(NamedTuple):
+    """What the engine's blocks are, the same in the scheduler and in every rank."""
+
+    namespace: Namespace
+    survives_restart: bool
+    """Whether equal namespaces mean equal KV in other processes too: else blocks are kept in host memory only."""
+
+
+def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
+    """Everything that makes KV incompatible, and that the engine's block hashes leave out."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    return Namespace(
+    drafter = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    files = [_files(one, vllm_config.load_config) for one in (model, drafter) if one is not None]
+    overrides, are_plain = _plain(getattr(model, "hf_overrides", None))
+    namespace = Namespace(
         host="vllm",
         version=version,
-        model=str(model.model),
-        revision=str(model.revision or ""),
+        files=[one.digest for one in files],
+        overrides=overrides,
+        revisions=[str(model.revision), str(model.code_revision), str(model.hf_config_path)],
+        implementation=str(model.model_impl),
+        longest=model.max_model_len if _depends_on_longest(model.hf_config) else 0,
         dtype=str(model.dtype),
-        quantization=str(model.quantization or ""),
+        quantization=str(model.quantization),
         cache_dtype=str(cache.cache_dtype),
+        cache_scales=bool(getattr(cache, "calculate_kv_scales", False)),
+        cache_layout=str(getattr(cache, "kv_cache_layout", None)),
         hashes=str(cache.prefix_caching_hash_algo),
         block_tokens=layout.block_tokens,
         block_size_bytes=layout.block_size_bytes,
         tensor_parallel_size=parallel.tensor_parallel_size,
         layers=[f"{name}: {spec!r}" for name, spec in sorted(layout.layers.items())],
     )
+    return EngineIdentity(namespace, are_plain and all(one.complete for one in files))
+
+
+def _files(model: Any, load: Any) -> ModelFiles:
+    # What is streamed from elsewhere is not in the folder that `model` then names.
+    load_format = "streamed" if getattr(model, "model_weights", "") else str(load.load_format)
+    return files_of(str(model.model), model.revision, load.download_dir, load_format)
+
+
+def _plain(overrides: Any) -> tuple[str, bool]:
+    """The overrides of a model's configuration as text, and whether that says all: a function could do anything."""
+    try:
+        return json.dumps(overrides, sort_keys=True), True
+    except (TypeError, ValueError):
+        return "a function", False
+
+
+def _depends_on_longest(hf_config: Any) -> bool:
+    """Whether rotary frequencies are chosen by the longest context that the engine serves."""
+    return "longrope" in str(getattr(hf_config, "rope_parameters", "")) + str(getattr(hf_config, "rope_scaling", ""))

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 import kvortex
 from kvortex import PagedCache, RawTensor
+from kvortex.vllm.layers import LayerHooks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,11 +90,11 @@ def page_bytes(spec: KVCacheSpec) -> int:
 
 
 def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: VllmConfig) -> PagedCache:
-    """The blocks of the registered tensors, layer after layer.
+    """The blocks of the registered tensors, layer after layer, or whole where the layers of a block lie side by side.
 
     Raises LayoutError for tensors that do not fit ``layout``.
     """
-    views: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    views: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
     for name, tensor in kv_caches.items():
         spec = layout.layers.get(name)
         if not isinstance(tensor, torch.Tensor):
@@ -102,9 +103,9 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
             continue
         if spec is None:
             raise kvortex.LayoutError(f"layer {name} has a cache that the KV-cache configuration does not name")
-        view = _block_view(name, tensor, spec, layout.num_blocks, vllm_config)
-        views.setdefault((view.data_ptr(), tuple(view.stride())), view)
-    cache = PagedCache([_raw(view) for view in views.values()])
+        view = _in_order_of_memory(_block_view(name, tensor, spec, layout.num_blocks, vllm_config))
+        views.setdefault(_place(view), view)
+    cache = PagedCache([_raw(view) for view in _whole_blocks(list(views.values()))])
     if cache.block_size_bytes != layout.block_size_bytes:
         raise kvortex.LayoutError(
             f"the registered tensors have {cache.block_size_bytes} bytes a block, "
@@ -113,9 +114,27 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
     return cache
 
 
+def layer_hooks(layout: CacheLayout, kv_caches: Mapping[str, Any], cache: PagedCache) -> LayerHooks | None:
+    """What loads of ``cache`` by layers need; None if its blocks are not one tensor for each layer."""
+    places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
+    order: dict[str, int] = {}
+    sizes: list[int] = []
+    for name, tensor in kv_caches.items():
+        index = places.setdefault(_place(tensor), len(places))
+        order[name] = index
+        if index == len(sizes) and name in layout.layers:
+            sizes.append(page_bytes(layout.layers[name]))
+    fits = len(sizes) == len(places) == len(cache.parts()) and sum(sizes) == cache.block_size_bytes
+    return LayerHooks(order, sizes) if fits else None
+
+
+def _place(view: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return view.data_ptr(), tuple(view.shape), tuple(view.stride())
+
+
 def _aliases(tensor: torch.Tensor, kv_caches: Mapping[str, Any], layout: CacheLayout) -> bool:
     """Whether a layer only shares the cache of another one."""
-    return any(kv_caches[name].data_ptr() == tensor.data_ptr() for name in layout.layers if name in kv_caches)
+    return any(_place(kv_caches[name]) == _place(tensor) for name in layout.layers if name in kv_caches)
 
 
 def _block_view(
@@ -128,35 +147,81 @@ def _block_view(
             f"layer {name} has a tensor of {total} bytes, shape {tuple(tensor.shape)}, where {num_blocks} blocks of "
             f"{page_bytes(spec)} bytes were configured"
         )
-    dim = _block_dim(name, tensor, num_blocks, vllm_config)
+    dim = _block_dim(name, tensor, spec, num_blocks, vllm_config)
     pieces = tensor.shape[dim] // num_blocks
     shape, strides = list(tensor.shape), list(tensor.stride())
     shape[dim : dim + 1], strides[dim : dim + 1] = [num_blocks, pieces], [strides[dim] * pieces, strides[dim]]
     return tensor.as_strided(shape, strides, tensor.storage_offset()).movedim(dim, 0)
 
 
-def _block_dim(name: str, tensor: torch.Tensor, num_blocks: int, vllm_config: VllmConfig) -> int:
+def _block_dim(name: str, tensor: torch.Tensor, spec: KVCacheSpec, num_blocks: int, vllm_config: VllmConfig) -> int:
+    """The dimension that counts blocks. It is a multiple of them: where several are, the backend says which."""
+    if hasattr(spec, "state_content_size_bytes"):
+        return _dim_of_standard_view(name, tensor, spec, num_blocks)
     fits = [dim for dim, size in enumerate(tensor.shape) if size >= num_blocks and size % num_blocks == 0]
-    if len(fits) > 1:
-        dim = _dim_by_backend(name, vllm_config)
-        # Without one that tells, the tensor is vLLM's standard view, which has the blocks first.
-        fits = [0 if dim is None else dim]
-    if len(fits) != 1 or tensor.shape[fits[0]] % num_blocks:
+    dim = fits[0] if len(fits) == 1 else _dim_by_backend(name, spec, vllm_config)
+    if dim not in fits:
         raise kvortex.LayoutError(
-            f"layer {name} has a tensor of shape {tuple(tensor.shape)}: no dimension of it counts {num_blocks} blocks"
+            f"layer {name} has a tensor of shape {tuple(tensor.shape)}, and no dimension is known to count "
+            f"{num_blocks} blocks: start vLLM with another --attention-backend"
         )
-    return fits[0]
+    return dim
 
 
-def _dim_by_backend(name: str, vllm_config: VllmConfig) -> int | None:
+def _dim_of_standard_view(name: str, tensor: torch.Tensor, spec: Any, num_blocks: int) -> int:
+    """The first, if the tensor is vLLM's view (blocks, heads, states, content)."""
+    pieces = max(1, tensor.shape[0] // num_blocks)
+    content = spec.state_content_size_bytes // tensor.element_size()
+    expected = (num_blocks * pieces, spec.num_heads, spec.num_states // pieces, content)
+    if tuple(tensor.shape) != expected:
+        raise kvortex.LayoutError(
+            f"layer {name} has a tensor of shape {tuple(tensor.shape)} where its specification means {expected}: "
+            "start vLLM with another --attention-backend"
+        )
+    return 0
+
+
+def _dim_by_backend(name: str, spec: Any, vllm_config: VllmConfig) -> int | None:
     """Where the layer's attention backend puts its blocks, if it tells; asked for a number that nothing else has."""
     layer = vllm_config.compilation_config.static_forward_context.get(name)
     backend = getattr(layer, "get_attn_backend", lambda: None)()
     shape_of = getattr(backend, "get_kv_cache_shape", None)
     if shape_of is None:
         return None
-    shape = tuple(shape_of(12347, 16, 8, 256))
+    shape = tuple(shape_of(12347, spec.block_size, spec.num_kv_heads, spec.head_size))
     return shape.index(12347) if 12347 in shape else None
+
+
+def _in_order_of_memory(view: torch.Tensor) -> torch.Tensor:
+    """The same blocks with the rest of each in the order of its addresses, so that what is contiguous is one copy."""
+    rest = sorted(range(1, view.dim()), key=lambda dim: -view.stride()[dim])
+    return view.permute(0, *rest)
+
+
+def _whole_blocks(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One view of whole blocks if ``views`` fill each without a gap, as where blocks are outermost; else ``views``."""
+    first = min(views, key=lambda view: view.data_ptr())
+    stride = first.stride(0) * first.element_size()
+    storage = first.untyped_storage()
+    alike = {(view.stride(0) * view.element_size(), view.untyped_storage().data_ptr()) for view in views}
+    if len(views) == 1 or len(alike) != 1 or not _fill(views, first.data_ptr(), stride):
+        return views
+    whole = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return [whole.set_(storage, first.data_ptr() - storage.data_ptr(), (first.shape[0], stride), (stride, 1))]
+
+
+def _fill(views: list[torch.Tensor], start: int, stride: int) -> bool:
+    """Whether block 0 of all ``views`` has each of the ``stride`` bytes from ``start`` exactly once."""
+    if sum(view[0].numel() * view.element_size() for view in views) != stride:
+        return False
+    times = torch.zeros(stride, dtype=torch.uint8)
+    for view in views:
+        size, at = view.element_size(), view.data_ptr() - start
+        shape, steps = (*view.shape[1:], size), (*(step * size for step in view.stride()[1:]), 1)
+        if at + sum((count - 1) * step for count, step in zip(shape, steps, strict=True)) >= stride:
+            return False
+        times.as_strided(shape, steps, at).add_(1)
+    return bool((times == 1).all())
 
 
 def _raw(view: torch.Tensor) -> RawTensor:

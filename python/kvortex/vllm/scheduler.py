@@ -7,6 +7,7 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from kvortex import KVortexTimeoutError
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 log = logging.getLogger("kvortex.vllm")
+
+DRAIN_S = 10.0
+"""How long copies under way are waited for before the engine sleeps."""
 
 
 class _Tracked:
@@ -100,8 +104,9 @@ class SchedulerSide:
     def _lookup(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         tracked = self._track(request)
         tracked.local = first = num_computed_tokens // self._block_tokens
-        # At least one token is left to be computed.
-        end = (request.num_tokens - 1) // self._block_tokens
+        # At least two tokens are left to be computed: a step of one token is a full CUDA graph, before which whole
+        # loads are awaited.
+        end = max(0, request.num_tokens - 2) // self._block_tokens
         self._end_lease(tracked)
         if not self._is_ready():
             return 0, False
@@ -228,6 +233,18 @@ class SchedulerSide:
         for tracked in self._tracked.values():
             tracked.keeps = tracked.keeps and not tracked.blocks
         return self._planner.reset()
+
+    def drain(self) -> None:
+        """Waits for the copies under way, for the memory that they use is about to go.
+
+        Raises KVortexTimeoutError if they take too long.
+        """
+        deadline = time.monotonic() + DRAIN_S
+        while copies := self._planner.get_stats()["in_flight"]:
+            if time.monotonic() > deadline:
+                raise KVortexTimeoutError(f"{copies} plans of copies are not done after {DRAIN_S} s: sleep later")
+            time.sleep(0.001)
+            self._poll()
 
     def stats(self) -> dict[str, Any]:
         """Numbers of the planner, and ``hit_tokens``."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kvortex import Parts
 
 if TYPE_CHECKING:
-    from kvortex import PagedCache, RankMover
+    from kvortex import PagedBlocks, PagedCache, RankMover
+    from kvortex.vllm.layers import LayerHooks
     from kvortex.vllm.metadata import KVortexMetadata, Load
 
 __all__ = ["WorkerSide"]
@@ -18,12 +21,15 @@ class WorkerSide:
     """One rank. Its methods are called by the hooks of the model runner, in whatever order the version has.
 
     The order that matters is kept here: before the engine or a load writes blocks of this step, unfinished stores that
-    read them are put first; loads inside the step come before the forward pass; stores come after it.
+    read them are put first; loads inside the step come before the forward pass, or each layer's part before that
+    layer; stores come after it.
     """
 
-    def __init__(self, mover: RankMover, cache: PagedCache) -> None:
+    def __init__(self, mover: RankMover, cache: PagedCache, hooks: LayerHooks | None = None) -> None:
+        """Without ``hooks`` loads inside a step are awaited as a whole."""
         self._mover = mover
         self._cache = cache
+        self._hooks = hooks
         self._step: KVortexMetadata | None = None
         self._fenced = self._loaded = self._stored = True
         self._background: dict[int, Load] = {}
@@ -36,6 +42,8 @@ class WorkerSide:
             self.end()
             self._step = step
             self._fenced = self._loaded = self._stored = False
+            if self._hooks is not None:
+                self._hooks.begin()
 
     def fence(self) -> None:
         """Before anything writes the blocks of this step."""
@@ -45,17 +53,20 @@ class WorkerSide:
             if step.written:
                 self._mover.fence(self._cache.blocks(step.written))
 
-    def load(self) -> None:
-        """Starts the loads of this step. What is inside the step is in place before what the engine does next."""
+    def load(self, forward_context: Any = None) -> None:
+        """Starts the loads of this step. What is inside the step is in place before what the engine does next, or, if
+        ``forward_context`` allows, each layer before it is computed."""
         step = self._step
         if step is None or self._loaded:
             return
         self.fence()
         self._loaded = True
+        inside = any(not load.background for load in step.loads)
+        hooks = self._hooks if inside and self._hooks is not None and self._hooks.may_split(forward_context) else None
         for load in sorted(step.loads, key=lambda load: load.ticket):
             blocks = self._cache.blocks(load.blocks)
             if not load.background:
-                self._mover.load(load.ticket, load.slots, blocks)
+                self._load_inside(load, blocks, hooks)
                 continue
             self._background[load.ticket] = load
             try:
@@ -64,10 +75,21 @@ class WorkerSide:
                 log.exception("load %d did not start", load.ticket)
                 self._unstarted.append(load.ticket)
 
-    def computes(self) -> None:
-        """A layer is about to be computed. Raises if a load inside the step was left out."""
+    def _load_inside(self, load: Load, blocks: PagedBlocks, hooks: LayerHooks | None) -> None:
+        if hooks is None:
+            self._mover.load(load.ticket, load.slots, blocks)
+            return
+        together = hooks.layers_together(len(load.blocks))
+        parts = Parts(hooks.ends(together))
+        self._mover.load(load.ticket, load.slots, blocks, parts=parts)
+        hooks.split(parts, together)
+
+    def computes(self, layer: str) -> None:
+        """``layer`` is about to be computed. Raises if a load inside the step was left out."""
         if not self._loaded:
             self._check_promises()
+        if self._hooks is not None:
+            self._hooks.computes(layer)
 
     def store(self) -> None:
         """After the forward pass: starts to store the blocks that it filled."""
@@ -76,6 +98,8 @@ class WorkerSide:
             return
         self._check_promises()
         self._stored = True
+        if self._hooks is not None:
+            self._hooks.end()
         if step.store is not None:
             try:
                 self._mover.store(step.store.ticket, step.store.slots, self._cache.blocks(step.store.blocks))

@@ -3,9 +3,9 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::{self, NonNull};
 
-use super::driver::Handle;
+use super::driver::{CopyOfRows, Handle, Side};
 use super::{Cuda, Current, error_name};
-use crate::device::{Device, DeviceInfo, Launch, PoolNumbers, Priority, RawEvent, RawPool, RawStream};
+use crate::device::{CopyRows, Device, DeviceInfo, Launch, PoolNumbers, Priority, RawEvent, RawPool, RawStream};
 use crate::error::MemError;
 
 const OUT_OF_MEMORY: u32 = 2;
@@ -203,6 +203,17 @@ impl Device for Cuda {
     unsafe fn copy(&self, stream: RawStream, to: usize, from: usize, bytes: usize) -> Result<(), MemError> {
         // SAFETY: as the caller promises.
         self.call("cuMemcpyAsync", || unsafe { (self.driver.copy)(to as u64, from as u64, bytes, handle(stream.0)) })
+    }
+
+    unsafe fn copy_rows(&self, stream: RawStream, copy: &CopyRows) -> Result<(), MemError> {
+        let request = CopyOfRows {
+            from: Side::new(copy.from, copy.from_pitch),
+            to: Side::new(copy.to, copy.to_pitch),
+            bytes: copy.bytes,
+            rows: copy.rows,
+        };
+        // SAFETY: the request lives during the call; the rest is as the caller promises.
+        self.call("cuMemcpy2DAsync", || unsafe { (self.driver.copy_rows)(&request, handle(stream.0)) })
     }
 
     unsafe fn launch(&self, stream: RawStream, launch: &Launch) -> Result<(), MemError> {

@@ -12,6 +12,35 @@ use cudarc::driver::sys;
 pub(super) type Handle = *mut c_void;
 pub(super) type Address = u64;
 
+/// `CUDA_MEMCPY2D`.
+#[repr(C)]
+pub(super) struct CopyOfRows {
+    pub(super) from: Side,
+    pub(super) to: Side,
+    pub(super) bytes: usize,
+    pub(super) rows: usize,
+}
+
+/// One side of it: all addresses are in the space that host and devices share.
+#[repr(C)]
+pub(super) struct Side {
+    x_bytes: usize,
+    y: usize,
+    kind: c_uint,
+    host: *const c_void,
+    device: Address,
+    array: Handle,
+    pitch: usize,
+}
+
+impl Side {
+    pub(super) const fn new(addr: usize, pitch: usize) -> Side {
+        const UNIFIED: c_uint = 4;
+        let none = std::ptr::null_mut();
+        Side { x_bytes: 0, y: 0, kind: UNIFIED, host: none, device: addr as Address, array: none, pitch }
+    }
+}
+
 macro_rules! driver {
     ($($field:ident = $symbol:literal: fn($($argument:ty),*);)*) => {
         /// Functions of the driver. All of them may be called from any thread.
@@ -69,6 +98,7 @@ driver! {
     event_synchronize = "cuEventSynchronize": fn(Handle);
     event_elapsed = "cuEventElapsedTime": fn(*mut f32, Handle, Handle);
     copy = "cuMemcpyAsync": fn(Address, Address, usize, Handle);
+    copy_rows = "cuMemcpy2DAsync_v2": fn(*const CopyOfRows, Handle);
     allocate = "cuMemAlloc_v2": fn(*mut Address, usize);
     free = "cuMemFree_v2": fn(Address);
     memory_info = "cuMemGetInfo_v2": fn(*mut usize, *mut usize);

@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 
 use super::ranges::Kind;
 use super::{Event, Op, Pool, Sim, State, Stream};
-use crate::device::{Device, DeviceInfo, Launch, PoolNumbers, Priority, RawEvent, RawPool, RawStream};
+use crate::device::{CopyRows, Device, DeviceInfo, Launch, PoolNumbers, Priority, RawEvent, RawPool, RawStream};
 use crate::error::MemError;
 use crate::sync::MutexGuard;
 
@@ -155,6 +155,10 @@ impl Device for Sim {
 
     unsafe fn copy(&self, stream: RawStream, to: usize, from: usize, bytes: usize) -> Result<(), MemError> {
         self.push("copy", stream, Op::Copy { to, from, bytes, done: 0 })
+    }
+
+    unsafe fn copy_rows(&self, stream: RawStream, copy: &CopyRows) -> Result<(), MemError> {
+        self.push("copy_rows", stream, Op::CopyRows { copy: *copy, next: 0 })
     }
 
     unsafe fn launch(&self, stream: RawStream, launch: &Launch) -> Result<(), MemError> {

@@ -11,7 +11,7 @@ mod worker;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use self::ranges::{Kind, Ranges};
-use crate::device::{DeviceInfo, Launch, RawStream};
+use crate::device::{CopyRows, DeviceInfo, Launch, RawStream};
 use crate::sync::thread::JoinHandle;
 use crate::sync::{Arc, Condvar, Mutex};
 
@@ -99,6 +99,7 @@ struct Pool {
 
 enum Op {
     Copy { to: usize, from: usize, bytes: usize, done: usize },
+    CopyRows { copy: CopyRows, next: usize },
     Launch { launch: Launch, next: usize },
     Record { event: u64, number: u64 },
     Wait { event: u64, number: u64 },

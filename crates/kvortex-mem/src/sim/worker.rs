@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Op, Shared, State};
 use crate::copy::job::guarded;
-use crate::device::{ITEM_BYTES, Item, Launch, Row};
+use crate::device::{CopyRows, ITEM_BYTES, Item, Launch, MAX_PITCH, Row};
 use crate::sync::Arc;
 
 /// The most bytes, or items of a launch, that are executed before another stream may go on.
@@ -61,6 +61,7 @@ impl State {
         match op {
             Op::Wait { event, number } => self.events.get(event).is_none_or(|event| event.passed >= *number),
             Op::Copy { bytes, .. } => *bytes < self.longest || self.closing,
+            Op::CopyRows { copy, .. } => copy.bytes * copy.rows < self.longest || self.closing,
             _ => true,
         }
     }
@@ -69,6 +70,7 @@ impl State {
     fn step(&mut self, op: Op) -> Option<Op> {
         match op {
             Op::Copy { to, from, bytes, done } => self.step_copy((to, from, bytes), done),
+            Op::CopyRows { copy, next } => self.step_rows(copy, next),
             Op::Launch { launch, next } => self.step_launch(launch, next),
             Op::Record { event, number } => {
                 if let Some(found) = self.events.get_mut(&event) {
@@ -113,6 +115,27 @@ impl State {
         self.counts.bytes += len;
         if done + len < bytes {
             return Some(Op::Copy { to, from, bytes, done: done + len });
+        }
+        self.counts.copies += 1;
+        None
+    }
+
+    fn step_rows(&mut self, copy: CopyRows, next: usize) -> Option<Op> {
+        let pitches = [copy.to_pitch, copy.from_pitch];
+        let fits = copy.rows > 0 && pitches.into_iter().all(|pitch| (copy.bytes..=MAX_PITCH).contains(&pitch));
+        if !fits || copy.spans().into_iter().any(|(addr, bytes)| !self.is_reachable(addr, bytes, false)) {
+            self.violate(format!("{copy:?}: rows that overlap, or that do not lie in one range"));
+            return None;
+        }
+        let end = copy.rows.min(next + 1 + self.below(GRAIN_ITEMS));
+        for row in next..end {
+            let (to, from) = (copy.to + row * copy.to_pitch, copy.from + row * copy.from_pitch);
+            // SAFETY: both spans were found in memory that is kept until it is freed or unregistered.
+            unsafe { ptr::copy(from as *const u8, to as *mut u8, copy.bytes) };
+        }
+        self.counts.bytes += copy.bytes * (end - next);
+        if end < copy.rows {
+            return Some(Op::CopyRows { copy, next: end });
         }
         self.counts.copies += 1;
         None

@@ -127,6 +127,21 @@ impl<P: Eviction> Writing<P> {
         self.places.positions.iter().zip(&self.claims).map(|(&position, claim)| (position, claim.id()))
     }
 
+    /// Each block by itself, in the order of the keys, so that one may become visible and another be given up.
+    pub fn split(mut self) -> Vec<Self> {
+        let mut claims: Vec<_> = std::mem::take(&mut self.claims).into_iter().map(Some).collect();
+        let handles = std::mem::take(&mut self.places.handles);
+        let single = |handle: &Handle| {
+            let rank = handle.rank as usize;
+            let (handles, positions) = (vec![Handle { rank: 0, ..*handle }], vec![self.places.positions[rank]]);
+            let places = Places { index: Arc::clone(&self.places.index), handles, positions };
+            claims[rank].take().map(|claim| Self { places, claims: vec![claim] })
+        };
+        let mut singles: Vec<_> = handles.iter().filter_map(single).collect();
+        singles.sort_unstable_by_key(|single| single.places.positions[0]);
+        singles
+    }
+
     /// Makes the blocks visible. Returns how many are: those forgotten meanwhile are not.
     pub fn publish(mut self) -> usize {
         let newest = self.places.index.newest_tick(&self.places.handles);

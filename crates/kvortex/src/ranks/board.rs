@@ -5,23 +5,33 @@ use std::path::{Path, PathBuf};
 use kvortex_mem::arena::Arena;
 use kvortex_mem::board::{LANE_WORDS, LaneBoard};
 use kvortex_mem::copy::gpu::Lane;
+use kvortex_mem::map::SharedPlace;
 use kvortex_mem::shared::SharedWords;
 use sha2::{Digest, Sha256};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::rows::Rows;
 use crate::error::{Error, Result};
 use crate::namespace::Namespace;
 use crate::sync::Arc;
 
 /// Differs between versions that would not understand each other.
-const MAGIC: u64 = 0x4B56_5445_5800_0001;
+const MAGIC: u64 = 0x4B56_5445_5800_0002;
 
-const HEADER: usize = 4;
+const PLANNER: usize = 1;
 const ATTACHED: usize = 2;
+/// Whether it is known where the row of all ranks is, and where.
+const ROW_KNOWN: usize = 3;
+const ROW: usize = 4;
+const HEADER: usize = ROW + SharedPlace::WORDS;
 
-/// Words of a rank before its lanes: its process, and what it published.
-const RANK_HEAD: usize = 8;
-const PUBLISHED: usize = 7;
+/// Words of a rank before its lanes: its process, what it has, whether that is written, and where its row is.
+const RANK_HEAD: usize = RANK_ROW + SharedPlace::WORDS;
+const SEAT: usize = 1;
+const PUBLISHED: usize = SEAT + SEAT_WORDS;
+const RANK_ROW: usize = PUBLISHED + 1;
+
+const SEAT_WORDS: usize = 7;
 
 const RANK: usize = RANK_HEAD + Lane::ALL.len() * LANE_WORDS;
 
@@ -34,10 +44,12 @@ pub struct Seat {
     pub slots: u32,
     /// Digest of what else makes KV incompatible.
     pub namespace: Namespace,
+    /// Where the slots lie.
+    pub rows: Rows,
 }
 
 impl Seat {
-    /// As many slots of `block_bytes` as `arena_bytes` hold.
+    /// As many slots of `block_bytes` as `arena_bytes` hold, in rows of the ranks' own.
     ///
     /// # Errors
     /// [`Error::Config`] when not even one fits.
@@ -47,7 +59,13 @@ impl Seat {
             value: format!("{arena_bytes} for each rank"),
             remedy: error.to_string(),
         })?;
-        Ok(Self { block_bytes, slots, namespace })
+        Ok(Self { block_bytes, slots, namespace, rows: Rows::Private })
+    }
+
+    /// The same with other rows.
+    #[must_use]
+    pub const fn with_rows(self, rows: Rows) -> Self {
+        Self { rows, ..self }
     }
 }
 
@@ -84,17 +102,9 @@ impl RankBoard {
 
     /// Takes the place of the planner, or of a rank, which must be free.
     pub(super) fn sit_down(&self, rank: Option<usize>) -> Result<()> {
-        if let Some(rank) = rank.filter(|&rank| rank >= self.ranks) {
-            return Err(refuse(rank, &format!("there are {} ranks, numbered from 0", self.ranks)));
-        }
-        let word = rank.map_or(&self.words.words()[1], |rank| self.rank_word(rank, 0));
         let own = u64::from(std::process::id());
-        if let Err(other) = word.compare_exchange(0, own, Ordering::AcqRel, Ordering::Acquire) {
-            let who = rank.map_or_else(|| "the planner".to_owned(), |rank| format!("rank {rank}"));
-            return Err(Error::invalid(format!(
-                "process {other} is {who} of this engine already: give each engine an engine_id of its own"
-            )));
-        }
+        let taken = self.chair(rank)?.compare_exchange(0, own, Ordering::AcqRel, Ordering::Acquire);
+        taken.map_err(|other| occupied(rank, other))?;
         let attached = self.words.words()[ATTACHED].fetch_add(1, Ordering::AcqRel) + 1;
         if attached == self.ranks as u64 + 1 {
             self.words.close_door();
@@ -102,10 +112,59 @@ impl RankBoard {
         Ok(())
     }
 
-    /// Tells the planner what `rank` has.
-    pub(super) fn publish(&self, rank: usize, seat: &Seat) {
-        for (at, value) in (1..).zip(words_of(seat)) {
+    /// Refuses a rank that somebody has by now.
+    pub(super) fn expect_free(&self, rank: usize) -> Result<()> {
+        match self.chair(Some(rank))?.load(Ordering::Acquire) {
+            0 => Ok(()),
+            other => Err(occupied(Some(rank), other)),
+        }
+    }
+
+    fn chair(&self, rank: Option<usize>) -> Result<&AtomicU64> {
+        match rank {
+            None => Ok(&self.words.words()[PLANNER]),
+            Some(rank) if rank < self.ranks => Ok(self.rank_word(rank, 0)),
+            Some(rank) => Err(refuse(rank, &format!("there are {} ranks, numbered from 0", self.ranks))),
+        }
+    }
+
+    /// Lets `make` have the one row of all ranks: with where it is, or with `None` to make it, and the others wait. Returns
+    /// what it returns, and remembers where that is.
+    pub(super) fn one_row<T>(
+        &self,
+        make: impl FnOnce(Option<SharedPlace>) -> Result<(T, Option<SharedPlace>)>,
+    ) -> Result<T> {
+        self.words.alone(|| {
+            let (row, made) = make(self.row(None))?;
+            if let Some(place) = made {
+                self.write_row(ROW, &place);
+                self.words.words()[ROW_KNOWN].store(1, Ordering::Release);
+            }
+            Ok(row)
+        })?
+    }
+
+    /// Where the row of a rank that has published, or of all, is.
+    pub(super) fn row(&self, rank: Option<usize>) -> Option<SharedPlace> {
+        let (known, at) = rank.map_or((ROW_KNOWN, ROW), |rank| (self.at(rank) + PUBLISHED, self.at(rank) + RANK_ROW));
+        let words = self.words.words();
+        let place = || std::array::from_fn(|index| words[at + index].load(Ordering::Relaxed));
+        (words[known].load(Ordering::Acquire) == 1).then(|| SharedPlace::from_words(place()))
+    }
+
+    fn write_row(&self, at: usize, place: &SharedPlace) {
+        for (word, value) in self.words.words()[at..].iter().zip(place.words()) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells the planner what `rank` has, and where its own row is if the planner may reach it.
+    pub(super) fn publish(&self, rank: usize, seat: &Seat, row: Option<SharedPlace>) {
+        for (at, value) in (SEAT..).zip(words_of(seat)) {
             self.rank_word(rank, at).store(value, Ordering::Relaxed);
+        }
+        if let Some(place) = row {
+            self.write_row(self.at(rank) + RANK_ROW, &place);
         }
         self.rank_word(rank, PUBLISHED).store(1, Ordering::Release);
     }
@@ -116,11 +175,12 @@ impl RankBoard {
             if self.rank_word(rank, PUBLISHED).load(Ordering::Acquire) == 0 {
                 return Ok(false);
             }
-            let found = [1, 2, 3, 4, 5, 6].map(|at| self.rank_word(rank, at).load(Ordering::Relaxed));
+            let found: [u64; SEAT_WORDS] =
+                std::array::from_fn(|at| self.rank_word(rank, SEAT + at).load(Ordering::Relaxed));
             let wanted = words_of(seat);
             if found != wanted {
                 return Err(Error::invalid(format!(
-                    "rank {rank} has {} slots of {} bytes, the planner {} of {}, or their namespaces differ: \
+                    "rank {rank} has {} slots of {} bytes, the planner {} of {}, or their namespaces or rows differ: \
                      all ranks need the same configuration",
                     found[1], found[0], wanted[1], wanted[0]
                 )));
@@ -143,10 +203,17 @@ impl RankBoard {
     }
 }
 
-fn words_of(seat: &Seat) -> [u64; 6] {
+fn words_of(seat: &Seat) -> [u64; SEAT_WORDS] {
     let (digest, _) = seat.namespace.digest().as_chunks::<8>();
     let word = |at: usize| u64::from_le_bytes(digest[at]);
-    [seat.block_bytes as u64, seat.slots.into(), word(0), word(1), word(2), word(3)]
+    [seat.block_bytes as u64, seat.slots.into(), word(0), word(1), word(2), word(3), seat.rows as u64]
+}
+
+fn occupied(rank: Option<usize>, process: u64) -> Error {
+    let who = rank.map_or_else(|| "the planner".to_owned(), |rank| format!("rank {rank}"));
+    Error::invalid(format!(
+        "process {process} is {who} of this engine already: give each engine an engine_id of its own"
+    ))
 }
 
 fn refuse(value: impl std::fmt::Display, remedy: &str) -> Error {

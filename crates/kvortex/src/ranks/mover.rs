@@ -13,6 +13,7 @@ use kvortex_mem::map::{HostMemory, Pinned};
 use kvortex_mem::span::{Pages, Place};
 
 use super::board::{RankBoard, Seat};
+use super::rows;
 use super::ticket::{Ended, RankTicket};
 use crate::config::EngineConfig;
 use crate::copies;
@@ -26,6 +27,8 @@ pub struct RankMover {
     arena: Arc<Arena>,
     copies: Arc<dyn CopyEngine>,
     device: Option<Arc<dyn Device>>,
+    /// False for a rank whose bytes another one stores.
+    stores: bool,
     lanes: [Arc<LaneLog>; 3],
     owner: Owner,
 }
@@ -67,7 +70,7 @@ impl RankMover {
         seat: &Seat,
         device: Option<Arc<dyn Device>>,
     ) -> Result<Self> {
-        let mut memory = copies::map(config, device.as_ref())?;
+        let mut memory = rows::map(config, (board, rank), seat.rows, device.as_ref())?;
         let copies = copies::serve(config, device.as_ref(), &mut memory)?;
         let mut mover = Self::assemble((board, rank), seat, memory, copies)?;
         mover.device = device;
@@ -84,7 +87,7 @@ impl RankMover {
         seat: &Seat,
         copies: Arc<dyn CopyEngine>,
     ) -> Result<Self> {
-        Self::assemble(place, seat, copies::map(config, None)?, copies)
+        Self::assemble(place, seat, rows::map(config, place, seat.rows, None)?, copies)
     }
 
     fn assemble(
@@ -104,8 +107,9 @@ impl RankMover {
         board.sit_down(Some(rank))?;
         let lanes =
             Lane::ALL.map(|lane| Arc::new(LaneLog { lane, board: board.lane(rank, lane), book: Mutex::default() }));
-        board.publish(rank, seat);
-        Ok(Self { arena, copies, device: None, lanes, owner: Owner::this_process() })
+        board.publish(rank, seat, arena.memory().place());
+        let stores = seat.rows.stores(rank);
+        Ok(Self { arena, copies, device: None, stores, lanes, owner: Owner::this_process() })
     }
 
     /// The GPU that pages may lie on.
@@ -120,17 +124,21 @@ impl RankMover {
         matches!(self.arena.memory().pinned(), Pinned::Yes { .. })
     }
 
-    /// Bytes of the arena.
+    /// Bytes of the row.
     #[must_use]
     pub fn arena_bytes(&self) -> usize {
         self.arena.memory().len()
     }
 
-    /// Starts the copies of `ticket`, between page `i` and slot `i` of the list. Whatever happens, its end is published.
+    /// Starts the copies of `ticket`, between page `i` and slot `i` of the list. Whatever happens, its end is published. A
+    /// plan to store what another rank stores for all has ended well at once.
     ///
     /// # Errors
     /// What keeps the copies from starting; the ticket has then failed.
     pub fn submit(&self, ticket: RankTicket, slots: &[SlotId], pages: Pages) -> Result<()> {
+        if ticket.lane() == Lane::Store && !self.stores {
+            return self.pass_over(ticket);
+        }
         let (log, transfer) = self.begin(ticket, slots, pages)?;
         let end = PublishOnDrop { log, ticket, ok: AtomicBool::new(false) };
         Ok(self.copies.submit(transfer, Box::new(move |outcome| end.take(&outcome)))?)
@@ -149,6 +157,14 @@ impl RankMover {
             self.attempt(self.transfer(ticket.lane(), slots, pages)?, &end)
         });
         Ok(outcome?)
+    }
+
+    fn pass_over(&self, ticket: RankTicket) -> Result<()> {
+        self.owner.check()?;
+        let log = &self.lanes[ticket.lane() as usize];
+        log.accept(ticket)?;
+        log.publish(ticket.number(), true);
+        Ok(())
     }
 
     fn attempt(&self, transfer: Transfer, end: &Arc<PublishOnDrop>) -> Result<(), MemError> {

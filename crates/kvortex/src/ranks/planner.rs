@@ -1,13 +1,16 @@
 //! Decides for all ranks, and learns from their board what came of it.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::OnceLock;
 
+use kvortex_mem::arena::Arena;
 use kvortex_mem::board::{Failed, LaneBoard, Seen};
 use kvortex_mem::copy::gpu::Lane;
 
 use super::board::{RankBoard, Seat};
+use super::rows::{OpenRows, Rows};
 use super::ticket::{Ended, RankTicket};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eviction::Watermarks;
 use crate::fork::Owner;
 use crate::index::IndexStats;
@@ -24,6 +27,8 @@ pub struct RankPlanner {
     slots: SlotPool,
     board: RankBoard,
     seat: Seat,
+    /// Opened when all ranks are there, if the planner may reach them.
+    rows: OnceLock<Result<OpenRows>>,
     book: Mutex<Book>,
     evicted: Arc<AtomicU64>,
     owner: Owner,
@@ -76,12 +81,13 @@ struct Open {
 
 impl RankPlanner {
     /// A planner for the ranks of `board`, which all must have `seat`. Only the first `storing` ranks are told to store:
-    /// one where all would store the same bytes.
+    /// one where all would store the same bytes, as they do in one row.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when the board has a planner.
     pub fn new(board: RankBoard, seat: Seat, storing: usize, (watermark, ratio): (f64, f64)) -> Result<Self> {
         board.sit_down(None)?;
+        let storing = if seat.rows == Rows::One { 1 } else { storing };
         let slots = SlotPool::new(seat.slots);
         let (marks, evicted) = (Watermarks::new(slots.total(), watermark, ratio), Arc::<AtomicU64>::default());
         let lanes = Lane::ALL.map(|lane| {
@@ -94,6 +100,7 @@ impl RankPlanner {
             planner: Planner::new(slots.clone(), marks, Arc::clone(&evicted)),
             book: Mutex::new(book),
             owner: Owner::this_process(),
+            rows: OnceLock::new(),
             slots,
             board,
             seat,
@@ -106,7 +113,31 @@ impl RankPlanner {
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when a rank has something else.
     pub fn is_ready(&self) -> Result<bool> {
-        self.board.agrees(&self.seat)
+        let ready = self.board.agrees(&self.seat)?;
+        if ready && self.seat.rows != Rows::Private {
+            self.rows.get_or_init(|| OpenRows::of(&self.board, &self.seat));
+        }
+        Ok(ready)
+    }
+
+    /// Maps the rows into this process, in the order of ranks; the one row of all ranks is the only one. Who holds a lease
+    /// on a block reads its slot there, and who holds the claim writes it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) while ranks are missing, and where the rows are private;
+    /// [`Error::Mem`](crate::Error::Mem) when they cannot be opened or mapped.
+    pub fn attach_rows(&self) -> Result<Vec<Arc<Arena>>> {
+        self.owner.check()?;
+        if self.seat.rows == Rows::Private {
+            return Err(Error::invalid(
+                "each rank's row is private: only rows that are open, or one, can be mapped here",
+            ));
+        }
+        if !self.is_ready()? {
+            return Err(Error::invalid("not every rank is there yet: wait until the planner is ready"));
+        }
+        let rows = self.rows.get_or_init(|| OpenRows::of(&self.board, &self.seat));
+        rows.as_ref().map_err(Clone::clone)?.map(&self.seat)
     }
 
     /// Leases the longest prefix of `keys` that is there.

@@ -64,7 +64,8 @@ impl Bench {
             rates.kernel = BYTES as f64 / us;
         }
         if let Some(us) = self.best(Method::Staged, direction, FRAGMENT, until)? {
-            let copies = (BYTES / SLOT) as f64;
+            // The slots continue each other, so there is one copy for each buffer.
+            let copies = BYTES.div_ceil(GpuOptions::default().staging_bytes) as f64;
             rates.staged_us = (us - BYTES as f64 / rates.link - rates.copy_us * copies).max(1.0);
         }
         Ok(rates)

@@ -64,6 +64,8 @@ pub struct Shape {
     pub fragments: usize,
     /// Copies that it would make between staging and slots.
     pub slots: usize,
+    /// Rows of all of these copies.
+    pub rows: usize,
 }
 
 impl Rates {
@@ -86,16 +88,19 @@ impl Rates {
     pub(super) fn cost(&self, method: Method, shape: &Shape) -> f64 {
         let bytes = shape.bytes as f64;
         match method {
-            Method::Dma => self.engine_time(bytes, shape.fragments),
+            Method::Dma => self.engine_time(bytes, shape.fragments, shape.fragments),
             Method::Kernel => KERNEL_US + bytes / self.kernel,
-            Method::Staged => self.staged_us + self.engine_time(bytes, shape.slots),
+            Method::Staged => self.staged_us + self.engine_time(bytes, shape.slots, shape.rows),
         }
     }
 
-    fn engine_time(&self, bytes: f64, copies: usize) -> f64 {
-        bytes / self.link + self.copy_us * copies as f64
+    fn engine_time(&self, bytes: f64, copies: usize, rows: usize) -> f64 {
+        (bytes / self.link).max(ROW_US * rows as f64) + self.copy_us * copies as f64
     }
 }
+
+/// The least that a row of a copy takes: 16 KiB ones move at 47.5 GB/s, 32 KiB ones at full speed. One H100, 2026-11.
+const ROW_US: f64 = 0.34;
 
 /// What a launch takes beyond its bytes.
 const KERNEL_US: f64 = 6.0;

@@ -105,16 +105,17 @@ impl Pilot {
     }
 
     fn task<'a>(&mut self, load: &Load<'a>) -> Task<'a> {
-        let mut task = Task { transfer: load.transfer, steps: load.steps.clone(), method: Method::Dma };
+        let in_rows = is_pinned(load.transfer, self.device.info().ordinal);
+        let mut task = Task { transfer: load.transfer, steps: load.steps.clone(), method: Method::Dma, in_rows };
         let rates = match load.transfer.direction() {
             Direction::Store => self.profile.store,
             Direction::Load => self.profile.load,
         };
-        if !is_pinned(load.transfer, self.device.info().ordinal) {
+        if !in_rows {
             // The driver copies what it cannot reach by itself: slow, but right.
             return task;
         }
-        let shape = program::shape(&task, self.options.staging_bytes);
+        let shape = program::shape(&task, self.options.staging_bytes, load.parts().map_or(1, |parts| parts.len()));
         let maps_host = self.device.info().maps_host;
         task.method = self.options.method.unwrap_or_else(|| rates.choose(&shape, maps_host));
         if task.method == Method::Staged && !self.has_staging(load.transfer.direction()) {
@@ -228,6 +229,8 @@ impl Pilot {
             }
             // SAFETY: as above.
             Op::Copy { on, to, from, bytes } => unsafe { self.device.copy(self.streams.raw(on), to, from, bytes) },
+            // SAFETY: as above.
+            Op::CopyRows { on, ref copy } => unsafe { self.device.copy_rows(self.streams.raw(on), copy) },
             Op::Order { first, then } => self.streams.order(first, then),
             Op::Claim { on, half } => self.streams.drained(on, half).hold(self.streams.raw(on)),
             Op::Release { on, half } => self.streams.drained(on, half).record(self.streams.raw(on)),

@@ -7,8 +7,10 @@ use super::control::Control;
 use crate::error::MemError;
 use crate::sync::{Arc, thread};
 
-/// Between two looks at the device.
-const REST: Duration = Duration::from_micros(20);
+/// Between two looks at the device: soon after something has landed, then ever more seldom, since each look takes locks of the
+/// driver that others need to start their kernels.
+const FIRST_REST: Duration = Duration::from_micros(20);
+const LONGEST_REST: Duration = Duration::from_micros(200);
 
 /// Starts the poller unless it runs. Without it nothing would end.
 pub(super) fn ensure(inner: &Arc<Inner>, control: &mut Control) -> Result<(), MemError> {
@@ -38,6 +40,7 @@ pub(super) fn close(inner: &Arc<Inner>) {
 
 fn watch(inner: &Arc<Inner>) {
     shorten_rests();
+    let mut rest = FIRST_REST;
     loop {
         let mut control = inner.control.lock();
         while !control.is_busy() {
@@ -45,12 +48,16 @@ fn watch(inner: &Arc<Inner>) {
                 return;
             }
             inner.work.wait(&mut control);
+            rest = FIRST_REST;
         }
         control.poll();
         let landed = control.take_landed();
         drop(control);
         if landed.is_empty() {
-            std::thread::sleep(REST);
+            std::thread::sleep(rest);
+            rest = (rest * 2).min(LONGEST_REST);
+        } else {
+            rest = FIRST_REST;
         }
         inner.report(landed);
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::method::{Method, Shape};
 use super::streams::Role;
 use crate::copy::{Direction, Step, Transfer};
-use crate::device::{ITEM_BYTES, Item, Row};
+use crate::device::{CopyRows, ITEM_BYTES, Item, MAX_PITCH, Row};
 use crate::span::{Ids, Pattern, Segment};
 use crate::sync::Arc;
 
@@ -25,6 +25,10 @@ pub(super) enum Op {
         to: usize,
         from: usize,
         bytes: usize,
+    },
+    CopyRows {
+        on: Role,
+        copy: CopyRows,
     },
     /// `then` waits for what `first` was given.
     Order {
@@ -99,6 +103,8 @@ pub(super) struct Task<'a> {
     pub(super) transfer: &'a Transfer,
     pub(super) steps: Range<usize>,
     pub(super) method: Method,
+    /// Whether one copy takes slots that lie at equal distances: not where the driver has to pick up the bytes by itself.
+    pub(super) in_rows: bool,
 }
 
 /// What one launch or one staging buffer takes.
@@ -158,7 +164,8 @@ impl Program {
 
     fn add_copies(&mut self, task: &Task<'_>, cut: &Cut) {
         let (on, pages) = (task.slot_role(), task.transfer.pages());
-        let mut copies = Copies::default();
+        // Pages may lie in several allocations, which one copy of rows must not cross.
+        let mut copies = Copies::new(false);
         for step in task.steps(&cut.steps) {
             let mut slot = task.slot_addr(step) + cut.bytes.start;
             pages.for_each_run_in(step.page as usize, cut.bytes.clone(), |page, len| {
@@ -166,11 +173,7 @@ impl Program {
                 slot += len;
             });
         }
-        let to_slots = task.to_slots();
-        self.ops.extend(copies.0.into_iter().map(|(page, slot, bytes)| {
-            let (to, from) = if to_slots { (slot, page) } else { (page, slot) };
-            Op::Copy { on, to, from, bytes }
-        }));
+        self.ops.extend(copies.ops(on, task.to_slots()));
     }
 
     fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
@@ -201,15 +204,11 @@ impl Program {
     /// Copies between a staging buffer, where pages follow each other, and the slots.
     fn add_slot_copies(&mut self, task: &Task<'_>, cut: &Cut, buffer: usize) {
         let (on, len) = (task.slot_role(), cut.bytes.len());
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(task.in_rows);
         for (index, step) in task.steps(&cut.steps).iter().enumerate() {
             copies.push(buffer + index * len, task.slot_addr(step) + cut.bytes.start, len);
         }
-        let to_slots = task.to_slots();
-        self.ops.extend(copies.0.into_iter().map(|(staged, slot, bytes)| {
-            let (to, from) = if to_slots { (slot, staged) } else { (staged, slot) };
-            Op::Copy { on, to, from, bytes }
-        }));
+        self.ops.extend(copies.ops(on, task.to_slots()));
     }
 
     /// Launches between the pages and the slots, or a staging buffer.
@@ -387,32 +386,88 @@ fn cuts(whole: &Cut, buffer: usize) -> Vec<Cut> {
     whole.steps.clone().flat_map(pieces).collect()
 }
 
-/// Copies of the copy engine, joined where both sides continue.
-#[derive(Default)]
-struct Copies(Vec<(usize, usize, usize)>);
+/// Copies of the copy engine, joined where both sides continue, or go on at the distances that they had before.
+struct Copies {
+    found: Vec<Stretch>,
+    in_rows: bool,
+}
+
+/// Rows of equal length; only one has no pitch yet.
+#[derive(Clone, Copy)]
+struct Stretch {
+    /// Of the first row.
+    page: usize,
+    slot: usize,
+    bytes: usize,
+    rows: usize,
+    page_pitch: usize,
+    slot_pitch: usize,
+}
 
 impl Copies {
-    fn push(&mut self, page: usize, slot: usize, len: usize) {
-        match self.0.last_mut() {
-            Some((last_page, last_slot, last_len))
-                if *last_page + *last_len == page && *last_slot + *last_len == slot =>
-            {
-                *last_len += len;
-            }
-            _ => self.0.push((page, slot, len)),
+    fn new(in_rows: bool) -> Copies {
+        Copies { found: Vec::new(), in_rows }
+    }
+
+    fn push(&mut self, page: usize, slot: usize, bytes: usize) {
+        let joined = self.found.last_mut().is_some_and(|last| {
+            last.continues(page, slot, bytes) || (self.in_rows && last.takes_row(page, slot, bytes))
+        });
+        if !joined {
+            self.found.push(Stretch { page, slot, bytes, rows: 1, page_pitch: 0, slot_pitch: 0 });
         }
+    }
+
+    fn ops(self, on: Role, to_slots: bool) -> impl Iterator<Item = Op> {
+        self.found.into_iter().map(move |found| {
+            let Stretch { page, slot, bytes, rows, page_pitch, slot_pitch } = found;
+            let ((to, to_pitch), (from, from_pitch)) = if to_slots {
+                ((slot, slot_pitch), (page, page_pitch))
+            } else {
+                ((page, page_pitch), (slot, slot_pitch))
+            };
+            match rows {
+                1 => Op::Copy { on, to, from, bytes },
+                _ => Op::CopyRows { on, copy: CopyRows { to, to_pitch, from, from_pitch, bytes, rows } },
+            }
+        })
     }
 }
 
-/// What matters of `task` for the choice of its method. Fragments are those of the first page, for every page.
-pub(super) fn shape(task: &Task<'_>, half: usize) -> Shape {
+impl Stretch {
+    fn continues(&mut self, page: usize, slot: usize, bytes: usize) -> bool {
+        let joins = self.rows == 1 && self.page + self.bytes == page && self.slot + self.bytes == slot;
+        self.bytes += if joins { bytes } else { 0 };
+        joins
+    }
+
+    fn takes_row(&mut self, page: usize, slot: usize, bytes: usize) -> bool {
+        let pitch = |first: usize, next: usize, known: usize| {
+            let last = first + known * (self.rows - 1);
+            next.checked_sub(last)
+                .filter(|pitch| (bytes..=MAX_PITCH).contains(pitch) && (self.rows == 1 || *pitch == known))
+        };
+        let pitches = pitch(self.page, page, self.page_pitch).zip(pitch(self.slot, slot, self.slot_pitch));
+        let Some((page_pitch, slot_pitch)) = pitches.filter(|_| bytes == self.bytes) else { return false };
+        (self.page_pitch, self.slot_pitch, self.rows) = (page_pitch, slot_pitch, self.rows + 1);
+        true
+    }
+}
+
+/// What matters of `task` for the choice of its method. Fragments are those of the first page, for every page; `parts` is the
+/// number of pieces in which each page is copied.
+pub(super) fn shape(task: &Task<'_>, half: usize, parts: usize) -> Shape {
     let (pages, steps) = (task.transfer.pages(), task.steps(&task.steps));
-    let adjacent = pages.page_bytes() == task.transfer.arena().stride();
-    let breaks = steps.windows(2).filter(|pair| !adjacent || pair[0].slot.0 + 1 != pair[1].slot.0).count();
+    let stride = task.transfer.arena().stride();
+    let runs = 1 + steps.windows(2).filter(|pair| pair[0].slot.0 + 1 != pair[1].slot.0).count();
     let mut fragments = 0;
     if let Some(step) = steps.first() {
         pages.for_each_run(step.page as usize, |_, _| fragments += 1);
     }
     let bytes = steps.len() * pages.page_bytes();
-    Shape { bytes, fragments: fragments * steps.len(), slots: breaks + 1 + bytes / half.max(1) }
+    // Slots of one run are one stretch of bytes, unless something lies between what is copied of them.
+    let whole = parts == 1 && pages.page_bytes() == stride;
+    let rows = if whole { runs } else { steps.len() * parts };
+    let slots = if whole || task.in_rows { runs * parts + bytes / half.max(1) } else { rows };
+    Shape { bytes, fragments: fragments.max(parts) * steps.len(), slots, rows: rows.max(slots) }
 }

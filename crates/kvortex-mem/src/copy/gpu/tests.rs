@@ -213,6 +213,32 @@ fn parts_are_complete_one_by_one() {
 }
 
 #[test]
+fn the_same_bytes_of_neighbouring_slots_are_one_copy() {
+    for seed in 0..6 {
+        let bench = Bench::new(seed, GpuOptions { staging_bytes: 1 << 20, ..options(Some(Method::Staged)) });
+        let raw = bench.stream.raw();
+        (0..PAGES).for_each(|slot| {
+            let addr = bench.arena.addr(SlotId(slot as u32)).unwrap();
+            // SAFETY: a slot of the arena; no transfer is running.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(addr.as_ptr(), PAGE) };
+            bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = (slot * 7 + at / (PAGE / 3)) as u8);
+        });
+        let before: Vec<_> = (0..PAGES).map(|slot| slot_bytes(&bench.arena, slot)).collect();
+        let parts = Arc::new(Parts::new(vec![PAGE / 3, PAGE / 3 * 2, PAGE]).unwrap());
+        let pages = bench.pages().in_stream(raw).in_parts(Arc::clone(&parts));
+        let copies = bench.sim.counts().copies;
+        bench.engine.run(bench.transfer(Direction::Load, pages)).unwrap();
+        // One for each part, and one that brings the tables.
+        assert_eq!(bench.sim.counts().copies - copies, 4);
+        bench.fill_slots(0);
+        bench.engine.run(bench.transfer(Direction::Store, bench.pages())).unwrap();
+        let after: Vec<_> = (0..PAGES).map(|slot| slot_bytes(&bench.arena, slot)).collect();
+        assert!(before == after, "seed {seed}: other bytes came back");
+        bench.check();
+    }
+}
+
+#[test]
 fn conflicting_transfers_go_in_order() {
     for (seed, method) in (0..10).flat_map(|seed| methods().map(move |method| (seed, method))) {
         let bench = Bench::new(seed, options(method));

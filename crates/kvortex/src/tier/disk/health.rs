@@ -1,0 +1,101 @@
+//! Whether a disk is worth asking. A fault is told once; what fails is tried again after a while.
+
+use std::time::{Duration, Instant};
+
+/// The pause after a first fault; it doubles up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const STUCK: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// One kind of operation. After `patience` faults in a row it pauses, then one try decides.
+#[derive(Debug)]
+pub(super) struct Breaker {
+    patience: u32,
+    faults: u32,
+    pause: Duration,
+    until: Option<Instant>,
+    last_success: Option<Instant>,
+}
+
+/// What became of a fault or success, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Nothing new.
+    Same,
+    /// It fails from now on.
+    Failing,
+    /// It works again.
+    Recovered,
+}
+
+impl Breaker {
+    /// One that pauses after `patience` faults in a row.
+    #[must_use]
+    pub(super) const fn new(patience: u32) -> Self {
+        Self { patience, faults: 0, pause: FIRST_PAUSE, until: None, last_success: None }
+    }
+
+    /// Whether to try.
+    #[must_use]
+    pub(super) fn is_open(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// Whether the last tries failed.
+    #[must_use]
+    pub(super) const fn is_failing(&self) -> bool {
+        self.until.is_some()
+    }
+
+    /// Whether nothing has succeeded for a while: then what comes too late is a fault, and not only one of many at once.
+    #[must_use]
+    pub(super) fn is_stuck(&self) -> bool {
+        self.last_success.is_none_or(|last| last.elapsed() > STUCK)
+    }
+
+    /// A try failed.
+    pub(super) fn fault(&mut self) -> Turn {
+        self.faults += 1;
+        if self.faults < self.patience {
+            return Turn::Same;
+        }
+        let turn = if self.until.is_none() { Turn::Failing } else { Turn::Same };
+        // Those that began before the pause do not lengthen it.
+        if self.is_open() {
+            self.until = Some(Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        turn
+    }
+
+    /// A try succeeded.
+    pub(super) fn success(&mut self) -> Turn {
+        let turn = if self.until.is_some() { Turn::Recovered } else { Turn::Same };
+        *self = Self { last_success: Some(Instant::now()), ..Self::new(self.patience) };
+        turn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_pauses_after_its_patience_and_tells_once() {
+        let mut breaker = Breaker::new(2);
+        assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Same, true));
+        assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Failing, false));
+        assert_eq!(breaker.fault(), Turn::Same);
+        assert_eq!((breaker.success(), breaker.is_open()), (Turn::Recovered, true));
+        assert_eq!(breaker.success(), Turn::Same);
+    }
+
+    #[test]
+    fn a_pause_ends_by_itself() {
+        let mut breaker = Breaker::new(1);
+        breaker.fault();
+        std::thread::sleep(FIRST_PAUSE + Duration::from_millis(20));
+        assert!(breaker.is_open() && breaker.is_failing());
+        assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Same, false));
+    }
+}

@@ -1,0 +1,182 @@
+//! The disk tier: blocks in a preallocated file in each of one or several folders. docs/disk.md has the format and what it
+//! guarantees; [`crate::tier`] the contract.
+
+mod admission;
+mod geometry;
+mod header;
+mod health;
+mod index;
+mod inspect;
+mod open;
+mod volume;
+mod writer;
+
+use std::time::{Duration, Instant};
+
+use kvortex_mem::arena::Arena;
+use kvortex_mem::file::{IoOptions, SlabOptions};
+
+pub use admission::Admission;
+use admission::Gate;
+pub use inspect::{Contents, Kept, inspect, trim};
+use volume::{Volume, VolumeOptions, add};
+
+use crate::error::Result;
+use crate::key::{BlockKey, Keys};
+use crate::mask::BlockMask;
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::tier::{Identity, Offer, Put, Tier, TierStats, Want};
+
+/// What a disk tier is made with.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// One folder for each device.
+    pub folders: Vec<SlabOptions>,
+    /// Bytes that all of them may take together; each takes an equal part.
+    pub max_bytes: u64,
+    /// Bytes that may wait to be written.
+    pub queue_bytes: usize,
+    /// What is worth a write.
+    pub admission: Admission,
+    /// How to read and write.
+    pub io: IoOptions,
+}
+
+impl DiskConfig {
+    /// The usual ones.
+    #[must_use]
+    pub fn new<P: Into<std::path::PathBuf>>(folders: impl IntoIterator<Item = P>, max_bytes: u64) -> Self {
+        Self {
+            folders: folders.into_iter().map(SlabOptions::new).collect(),
+            max_bytes,
+            queue_bytes: 256 << 20,
+            admission: Admission::All,
+            io: IoOptions { depth: 32, ring: true },
+        }
+    }
+}
+
+/// Keeps blocks in files. Its bytes come from and go to slots of one arena.
+pub struct DiskTier {
+    volumes: Vec<Arc<Volume>>,
+    gate: Mutex<Gate>,
+    refused: AtomicU64,
+    dropped: AtomicU64,
+    misses: AtomicU64,
+}
+
+impl DiskTier {
+    /// Opens the folders. What they kept before is found in the background.
+    ///
+    /// # Errors
+    /// [`Error::Mem`](crate::Error::Mem) for a folder that cannot be used, with the reason.
+    pub fn open(config: DiskConfig, arena: &Arc<Arena>, identity: Identity) -> Result<Self> {
+        let count = config.folders.len().max(1);
+        let volume = |slab: SlabOptions| {
+            let options = VolumeOptions {
+                slab,
+                max_bytes: config.max_bytes / count as u64,
+                queue_bytes: config.queue_bytes / count,
+                io: config.io,
+            };
+            Volume::open(options, arena, identity)
+        };
+        // Those that were opened before a failure are closed with this.
+        let mut this = Self {
+            volumes: Vec::new(),
+            gate: Mutex::new(Gate::new(config.admission, 1)),
+            refused: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        };
+        for slab in config.folders {
+            this.volumes.push(volume(slab)?);
+        }
+        let most: usize = this.volumes.iter().map(|volume| volume.most_blocks()).sum();
+        *this.gate.get_mut() = Gate::new(config.admission, 2 * most);
+        Ok(this)
+    }
+
+    /// The volume to write next: the one with the most room in its queue.
+    fn roomiest(&self, rooms: &mut [usize], bytes: usize) -> Option<usize> {
+        let (at, room) = rooms.iter_mut().enumerate().max_by_key(|(_, room)| **room)?;
+        *room = room.checked_sub(bytes)?;
+        Some(at)
+    }
+
+    fn put_one(&self, offer: Offer, rooms: &mut [usize], bytes: usize) -> Put {
+        if self.volumes.iter().any(|volume| volume.knows(&offer.key)) {
+            return Put::Present;
+        }
+        if !self.gate.lock().admits(&offer.key) {
+            add(&self.refused, 1);
+            return Put::Refused;
+        }
+        match self.roomiest(rooms, bytes) {
+            Some(at) => self.volumes[at].put(offer),
+            None => {
+                add(&self.dropped, 1);
+                Put::Dropped
+            }
+        }
+    }
+}
+
+impl Tier for DiskTier {
+    fn name(&self) -> &'static str {
+        "disk"
+    }
+
+    fn contains(&self, keys: Keys<'_>, _deadline: Instant) -> BlockMask {
+        let mut mask = BlockMask::new(keys.len());
+        self.volumes.iter().for_each(|volume| volume.contains(keys.iter(), |i| mask.set(i)));
+        mask
+    }
+
+    fn put(&self, offers: Vec<Offer>) -> Vec<Put> {
+        let mut rooms: Vec<usize> = self.volumes.iter().map(|volume| volume.room()).collect();
+        // Or room for the tail of a prompt could be made by forgetting its head.
+        self.volumes.iter().for_each(|volume| volume.touch(offers.iter().rev().map(|offer| &offer.key)));
+        let bytes = self.volumes.first().map_or(0, |volume| volume.stride());
+        offers.into_iter().map(|offer| self.put_one(offer, &mut rooms, bytes)).collect()
+    }
+
+    fn get(&self, wants: Vec<Want>, deadline: Instant) {
+        let rest = self.volumes.iter().fold(wants, |wants, volume| volume.get(wants, deadline));
+        add(&self.misses, rest.len() as u64);
+    }
+
+    fn remove(&self, keys: Keys<'_>, _deadline: Instant) -> usize {
+        let one = |key: &BlockKey| self.volumes.iter().filter(|volume| volume.remove(key)).count();
+        keys.iter().map(|key| one(&key).min(1)).sum()
+    }
+
+    fn clear(&self) -> bool {
+        self.volumes.iter().filter(|volume| !volume.clear()).count() == 0
+    }
+
+    fn flush(&self, patience: Duration) -> bool {
+        let end = Instant::now() + patience;
+        self.volumes.iter().all(|volume| volume.flush(end.saturating_duration_since(Instant::now())))
+    }
+
+    fn stop(&self, patience: Duration) -> bool {
+        let end = Instant::now() + patience;
+        let stop = |volume: &Arc<Volume>| volume.stop(end.saturating_duration_since(Instant::now()));
+        self.volumes.iter().filter(|volume| !stop(volume)).count() == 0
+    }
+
+    fn stats(&self) -> TierStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (refused, dropped, misses) = (read(&self.refused), read(&self.dropped), read(&self.misses));
+        let mut stats = TierStats { refused, dropped, misses, ..TierStats::default() };
+        self.volumes.iter().for_each(|volume| volume.count(&mut stats));
+        stats
+    }
+}
+
+impl Drop for DiskTier {
+    fn drop(&mut self) {
+        self.stop(Duration::from_secs(5));
+    }
+}

@@ -1,0 +1,359 @@
+//! The thread of a volume: it scans, lets the file grow, and writes what is queued, payloads first and headers last.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvortex_mem::error::MemError;
+use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, digest_slot};
+
+use super::header::{Common, HEADER_BYTES, Header, encode};
+use super::open::{self, usable};
+use super::volume::{Opened, Volume, add, now};
+use crate::error::Result;
+use crate::key::BlockKey;
+use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
+use crate::tier::Offer;
+
+/// Blocks of one sheet.
+const SHEET_BLOCKS: usize = 64;
+const SHEET_BYTES: usize = 32 << 20;
+/// Sheets under way at once: the headers of one are written while the next one's payloads are.
+const SHEETS: usize = 3;
+/// How often the thread looks after the file when nothing is queued.
+const TICK: Duration = Duration::from_millis(250);
+/// A device without room is asked again this often.
+const RETRY: Duration = Duration::from_secs(1);
+/// What is written is made to survive a power cut this often.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) fn start(volume: &Arc<Volume>) -> Result<()> {
+    let volume = Arc::clone(volume);
+    let run = move || {
+        run(&volume);
+        volume.queue.lock().over = true;
+        volume.changed.notify_all();
+    };
+    thread::Builder::new().name("kvortex-disk-w".to_owned()).spawn(run).map_err(MemError::Thread)?;
+    Ok(())
+}
+
+fn run(volume: &Arc<Volume>) {
+    let is_closed = || volume.queue.lock().closed;
+    open::scan(&volume.opened(), &is_closed);
+    volume.changed.notify_all();
+    let mut keeper = Keeper { next: Instant::now(), sync: Instant::now() + SYNC_EVERY, full: None };
+    loop {
+        let grows = keeper.look_after(volume);
+        match take(volume, if grows { Duration::ZERO } else { TICK }) {
+            Some((offers, common)) => {
+                keeper.make_room(volume, offers.len());
+                write(volume, offers, common);
+            }
+            None => break,
+        }
+    }
+    sync(volume, &volume.opened());
+}
+
+/// Offers for one sheet, none after `patience`, and what their headers say; `None` once closed and empty.
+///
+/// Both are taken under the queue's lock, as a clear takes it: what was offered before a clear has the identity of before.
+fn take(volume: &Volume, patience: Duration) -> Option<(Vec<Offer>, Common)> {
+    let opened = volume.opened();
+    let end = Instant::now() + patience;
+    let mut queue = volume.queue.lock();
+    loop {
+        if queue.closed && queue.offers.is_empty() && queue.in_flight == 0 {
+            return None;
+        }
+        if !queue.offers.is_empty() && queue.in_flight < SHEETS {
+            let count = (SHEET_BYTES / volume.arena.stride()).clamp(1, SHEET_BLOCKS).min(queue.offers.len());
+            queue.in_flight += 1;
+            return Some((queue.offers.drain(..count).collect(), *opened.common.lock()));
+        }
+        if volume.changed.wait_until(&mut queue, end).timed_out() {
+            return Some((Vec::new(), *opened.common.lock()));
+        }
+    }
+}
+
+/// Looks after the file.
+struct Keeper {
+    next: Instant,
+    sync: Instant,
+    /// When the device had no room for another segment.
+    full: Option<Instant>,
+}
+
+impl Keeper {
+    /// True if the file can go on growing at once.
+    fn look_after(&mut self, volume: &Arc<Volume>) -> bool {
+        let now = Instant::now();
+        volume.opened().io.expire();
+        if now < self.next || volume.is_off() {
+            return false;
+        }
+        let opened = volume.opened();
+        if now >= self.sync {
+            self.sync = now + SYNC_EVERY;
+            sync(volume, &opened);
+            if !opened.file.is_linked().unwrap_or(true) {
+                reopen(volume);
+            }
+        }
+        let grows = self.grow(volume, &volume.opened());
+        if !grows {
+            self.next = now + TICK;
+        }
+        grows
+    }
+
+    /// Lets the file grow for `count` blocks as far as it may, so that none is forgotten for them before.
+    fn make_room(&mut self, volume: &Volume, count: usize) {
+        let opened = volume.opened();
+        let short = || opened.index.lock().free() < count;
+        while short() && self.grow(volume, &opened) {}
+    }
+
+    /// Adds a segment. False if the cap is reached or there is no room.
+    fn grow(&mut self, volume: &Volume, opened: &Opened) -> bool {
+        let geometry = opened.geometry;
+        let segments = (opened.index.lock().capacity() / geometry.segment_slots as usize) as u32;
+        if segments >= geometry.segments_in(usable(volume.options.max_bytes)) {
+            return false;
+        }
+        if self.full.is_some_and(|since| since.elapsed() < RETRY) {
+            return false;
+        }
+        match opened.file.grow(geometry.file_bytes(segments + 1)) {
+            Ok(()) => {
+                if self.full.take().is_some() {
+                    log::info!("{}: there is room again", volume.path());
+                }
+                opened.index.lock().add(geometry.segment_slots, true);
+                true
+            }
+            Err(error) => {
+                if self.full.replace(Instant::now()).is_none() {
+                    log::warn!("{} cannot grow beyond {segments} segments, and tries again: {error}", volume.path());
+                }
+                false
+            }
+        }
+    }
+}
+
+fn sync(volume: &Volume, opened: &Opened) {
+    if !opened.dirty.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    if let Err(error) = opened.file.sync() {
+        add(&volume.counts.errors, 1);
+        volume.told(&volume.writes, false, &format!("flushed ({error})"));
+    }
+}
+
+/// The folder was taken away: what was kept there is forgotten, and a new one is made.
+fn reopen(volume: &Arc<Volume>) {
+    let old = volume.opened();
+    old.file.unlock();
+    match open::open(&volume.options, &volume.arena, volume.identity) {
+        Ok(opened) => {
+            log::warn!("{} was taken away; it is made anew, and empty", volume.path());
+            opened.scanning.store(false, Ordering::Relaxed);
+            opened.index.lock().clear();
+            volume.replace(opened);
+            // Its ring has work under way that must end by itself.
+            old.io.stop(Duration::ZERO);
+        }
+        Err(error) => {
+            old.index.lock().clear();
+            volume.told(&volume.writes, false, &format!("made anew ({error})"));
+        }
+    }
+}
+
+/// A block on its way into the file.
+struct Block {
+    offer: Option<Offer>,
+    key: BlockKey,
+    slot: u32,
+    digest: Digest,
+    generation: u64,
+    well: bool,
+}
+
+/// Blocks that are written together.
+struct Sheet {
+    volume: Arc<Volume>,
+    opened: Arc<Opened>,
+    common: Common,
+    blocks: Mutex<Vec<Block>>,
+    /// Operations of this stage that have not ended.
+    awaited: AtomicUsize,
+    /// Of all that was offered for it.
+    keys: Vec<BlockKey>,
+}
+
+fn write(volume: &Arc<Volume>, offers: Vec<Offer>, common: Common) {
+    if offers.is_empty() {
+        return;
+    }
+    let opened = volume.opened();
+    let keys = offers.iter().map(|offer| offer.key).collect();
+    // The tail first: of one batch it is the first to go.
+    let blocks: Vec<Block> = offers.into_iter().rev().filter_map(|offer| place(volume, &opened, offer)).collect();
+    let sheet = Sheet {
+        volume: Arc::clone(volume),
+        opened,
+        common,
+        awaited: AtomicUsize::new(blocks.len()),
+        blocks: Mutex::new(blocks),
+        keys,
+    };
+    Arc::new(sheet).begin();
+}
+
+/// Gives a block a place. One that is there already, or for which no place can be had, is let go.
+fn place(volume: &Volume, opened: &Opened, offer: Offer) -> Option<Block> {
+    let key = offer.key;
+    let digest = digest_slot(&volume.arena, offer.slot)?;
+    let mut index = opened.index.lock();
+    let slot = if index.knows(&key) { None } else { index.claim(key) };
+    drop(index);
+    if slot.is_none() {
+        add(&volume.counts.dropped, 1);
+    }
+    let generation = opened.generation.fetch_add(1, Ordering::Relaxed);
+    slot.map(|slot| Block { offer: Some(offer), key, slot, digest, generation, well: false })
+}
+
+impl Sheet {
+    /// Writes the payloads.
+    fn begin(self: Arc<Self>) {
+        let ops: Vec<Op> = {
+            let blocks = self.blocks.lock();
+            let payload = |(i, block): (usize, &Block)| {
+                let offer = block.offer.as_ref()?;
+                let sheet = Arc::clone(&self);
+                Some(Op {
+                    access: Access::Write,
+                    offset: self.opened.geometry.payload_at(block.slot),
+                    memory: Memory::Slot(offer.slot),
+                    deadline: None,
+                    done: Box::new(move |ended: Ended| sheet.payload_ended(i, ended.result)),
+                })
+            };
+            blocks.iter().enumerate().filter_map(payload).collect()
+        };
+        if ops.is_empty() {
+            return self.settle();
+        }
+        self.opened.io.submit(ops);
+    }
+
+    fn payload_ended(self: Arc<Self>, i: usize, result: io::Result<()>) {
+        // The slot is not needed any more.
+        let offer = self.blocks.lock()[i].offer.take();
+        drop(offer);
+        match result {
+            Ok(()) => self.blocks.lock()[i].well = true,
+            Err(error) => self.failed(&error),
+        }
+        if self.awaited.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.headers();
+        }
+    }
+
+    fn failed(&self, error: &io::Error) {
+        if error.kind() != io::ErrorKind::Interrupted {
+            add(&self.volume.counts.errors, 1);
+            self.volume.told(&self.volume.writes, false, &format!("written ({error})"));
+        }
+    }
+
+    /// Writes the headers of the payloads that are in place, those side by side together.
+    fn headers(self: Arc<Self>) {
+        let runs = self.runs();
+        if runs.is_empty() {
+            return self.settle();
+        }
+        self.awaited.store(runs.len(), Ordering::Release);
+        let ops = runs.into_iter().map(|run| self.header_op(run)).collect();
+        self.opened.io.submit(ops);
+    }
+
+    /// Numbers of blocks whose headers lie side by side.
+    fn runs(&self) -> Vec<Vec<usize>> {
+        let blocks = self.blocks.lock();
+        let mut order: Vec<usize> = (0..blocks.len()).filter(|&i| blocks[i].well).collect();
+        order.sort_unstable_by_key(|&i| blocks[i].slot);
+        let follows = |a: &usize, b: &usize| self.opened.geometry.follows(blocks[*a].slot, blocks[*b].slot);
+        order.chunk_by(follows).map(<[usize]>::to_vec).collect()
+    }
+
+    fn header_op(self: &Arc<Self>, run: Vec<usize>) -> Op {
+        let blocks = self.blocks.lock();
+        let mut scratch = Scratch::new(run.len() * HEADER_BYTES);
+        for (&i, into) in run.iter().zip(scratch.chunks_exact_mut(HEADER_BYTES)) {
+            let Block { key, slot, digest, generation, .. } = blocks[i];
+            encode(&self.common, &Header { key, slot, generation, written_at: now(), payload: digest }, into);
+        }
+        let sheet = Arc::clone(self);
+        Op {
+            access: Access::Write,
+            offset: self.opened.geometry.header_at(blocks[run[0]].slot),
+            memory: Memory::Scratch(scratch),
+            deadline: None,
+            done: Box::new(move |ended: Ended| sheet.header_ended(&run, ended.result)),
+        }
+    }
+
+    fn header_ended(&self, run: &[usize], result: io::Result<()>) {
+        if let Err(error) = &result {
+            self.failed(error);
+            let mut blocks = self.blocks.lock();
+            run.iter().for_each(|&i| blocks[i].well = false);
+        }
+        if self.awaited.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.settle();
+        }
+    }
+
+    /// Makes what is wholly written visible, and makes room in the queue.
+    fn settle(&self) {
+        let blocks = std::mem::take(&mut *self.blocks.lock());
+        let stride = self.volume.arena.stride();
+        let mut written = 0;
+        {
+            let mut index = self.opened.index.lock();
+            // Offered before a clear, nothing of it is seen after.
+            let current = self.opened.common.lock().slab == self.common.slab;
+            for block in &blocks {
+                let Block { key, slot, digest, generation, well, .. } = block;
+                if *well && current {
+                    written += u64::from(index.commit(*slot, key, *digest, *generation));
+                } else {
+                    index.abandon(*slot, key);
+                }
+            }
+        }
+        let counts = &self.volume.counts;
+        add(&counts.written, written);
+        add(&counts.bytes_written, written * (stride + HEADER_BYTES) as u64);
+        add(&counts.dropped, blocks.iter().filter(|block| !block.well).count() as u64);
+        if written > 0 {
+            self.opened.dirty.store(true, Ordering::Relaxed);
+            self.volume.told(&self.volume.writes, true, "written");
+        }
+        let mut queue = self.volume.queue.lock();
+        queue.in_flight -= 1;
+        queue.bytes -= self.keys.len() * stride;
+        for key in &self.keys {
+            queue.keys.remove(key);
+        }
+        drop(queue);
+        self.volume.changed.notify_all();
+    }
+}

@@ -1,0 +1,158 @@
+//! The disk tier against its contract, by threads and by a ring, and what survives a restart.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+mod folder;
+
+use std::time::{Duration, Instant};
+
+use folder::*;
+use kvortex::Namespace;
+use kvortex::tier::disk::{Admission, DiskConfig, DiskTier};
+use kvortex::tier::suite::{PATIENCE, World, conforms, has};
+use kvortex::tier::{Identity, Put, Tier};
+
+#[test]
+fn it_keeps_the_contract_by_threads_and_by_a_ring() {
+    for ring in [false, true] {
+        for direct in [false, true] {
+            conforms(&|| {
+                let folder = Folder::new("suite");
+                let mut config = folder.config(64);
+                config.io.ring = ring;
+                config.folders[0].direct = direct;
+                fresh(config, vec![folder])
+            });
+        }
+    }
+}
+
+#[test]
+fn several_folders_are_one_tier() {
+    conforms(&|| {
+        let (one, two) = (Folder::new("several-1"), Folder::new("several-2"));
+        fresh(DiskConfig { folders: vec![one.slab(), two.slab()], ..one.config(64) }, vec![one, two])
+    });
+}
+
+#[test]
+fn a_restart_finds_everything() {
+    let folder = Folder::new("restart");
+    let world = World::new(128, BLOCK);
+    for round in 0..4 {
+        let tier = folder.open(&world, 64);
+        let kept = 10 * round;
+        assert!(tier.flush(PATIENCE));
+        assert_eq!(tier.stats().recovered, kept);
+        let ids: Vec<usize> = (0..kept).collect();
+        assert!(world.get(&tier, &ids, PATIENCE).iter().all(|&found| found));
+        world.keep(&tier, kept..kept + 10);
+    }
+}
+
+#[test]
+fn the_oldest_goes_first_after_a_restart_too() {
+    let folder = Folder::new("age");
+    let world = World::new(128, BLOCK);
+    let tier = folder.open(&world, 64);
+    let capacity = full(&tier);
+    (0..capacity).rev().for_each(|id| world.keep(&tier, [id]));
+    drop(tier);
+    let tier = folder.open(&world, 64);
+    assert!(tier.flush(PATIENCE));
+    (1000..1010).for_each(|id| world.keep(&tier, [id]));
+    let kept = has(&tier, 0..capacity);
+    assert_eq!(kept.iter().filter(|&&kept| kept).count(), capacity - 10);
+    assert!(kept[..capacity - 10].iter().all(|&kept| kept), "{kept:?}");
+}
+
+#[test]
+fn another_identity_never_matches_and_leaves_what_is_there() {
+    let folder = Folder::new("identity");
+    let world = World::new(64, BLOCK);
+    let open = |identity| DiskTier::open(folder.config(64), &world.arena, identity).unwrap();
+    let tier = open(IDENTITY);
+    world.keep(&tier, 0..8);
+    drop(tier);
+    let others = [
+        Identity { namespace: Namespace::from_digest([2; 32]), ..IDENTITY },
+        Identity { row: 1, ..IDENTITY },
+        Identity { world: 2, ..IDENTITY },
+    ];
+    for other in others {
+        let tier = open(other);
+        assert!(tier.flush(PATIENCE));
+        assert_eq!((tier.stats().blocks, has(&tier, 0..8)), (0, vec![false; 8]));
+    }
+    let tier = open(IDENTITY);
+    assert!(tier.flush(PATIENCE));
+    let found = world.get(&tier, &[0, 3, 7], PATIENCE);
+    assert_eq!(found, [true; 3], "{:?}", tier.stats());
+}
+
+#[test]
+fn another_layout_starts_anew() {
+    let folder = Folder::new("layout");
+    let world = World::new(64, BLOCK);
+    world.keep(&folder.open(&world, 64), 0..8);
+    let other = World::new(64, BLOCK + 1);
+    let tier = folder.open(&other, 64);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(tier.stats().blocks, 0);
+    other.keep(&tier, 0..4);
+    assert_eq!(other.get(&tier, &[0, 5], PATIENCE), [true, false]);
+}
+
+#[test]
+fn a_cleared_folder_stays_empty() {
+    let folder = Folder::new("cleared");
+    let world = World::new(64, BLOCK);
+    let tier = folder.open(&world, 64);
+    world.keep(&tier, 0..8);
+    assert!(tier.clear());
+    world.keep(&tier, 20..22);
+    drop(tier);
+    let tier = folder.open(&world, 64);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(tier.stats().blocks, 2);
+    assert_eq!(world.get(&tier, &[0, 1, 20, 21], PATIENCE), [false, false, true, true]);
+}
+
+#[test]
+fn the_cap_holds_on_the_device_and_when_it_is_lowered() {
+    let folder = Folder::new("cap");
+    let world = World::new(128, BLOCK);
+    for blocks in [64, 200, 32, 100] {
+        let tier = folder.open(&world, blocks);
+        full(&tier);
+        (0..4).for_each(|batch| world.keep(&tier, batch * 100..batch * 100 + 60));
+        let taken = folder.taken();
+        assert!(taken <= tier.stats().max_bytes, "{taken} bytes taken with room for {blocks} blocks");
+        assert!(tier.stats().capacity_blocks >= blocks * 8 / 10, "{:?}", tier.stats());
+    }
+}
+
+#[test]
+fn a_full_queue_drops_at_once() {
+    let folder = Folder::new("queue");
+    let world = World::new(256, BLOCK);
+    let config = DiskConfig { queue_bytes: 4 * 8192, ..folder.config(64) };
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
+    let start = Instant::now();
+    let puts = world.put(&tier, 0..100);
+    assert!(puts.contains(&Put::Dropped) && puts.contains(&Put::Queued));
+    assert!(tier.flush(PATIENCE) && start.elapsed() < Duration::from_secs(5));
+    let dropped = puts.iter().filter(|&&put| put == Put::Dropped).count();
+    assert_eq!(tier.stats().dropped, dropped as u64);
+}
+
+#[test]
+fn second_touch_writes_what_comes_again() {
+    let folder = Folder::new("touch");
+    let world = World::new(64, BLOCK);
+    let config = DiskConfig { admission: Admission::SecondTouch, ..folder.config(64) };
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
+    assert_eq!(world.put(&tier, [1, 2]), [Put::Refused; 2]);
+    assert_eq!(world.put(&tier, [2, 3]), [Put::Queued, Put::Refused]);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!((has(&tier, 1..4), tier.stats().refused), (vec![false, true, false], 3));
+}

@@ -1,0 +1,234 @@
+//! System calls that fail, and processes that are killed: the tier answers misses, never hangs, and recovers by itself.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+mod folder;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use folder::*;
+use kvortex::tier::disk::DiskTier;
+use kvortex::tier::suite::{PATIENCE, World};
+use kvortex::tier::{Put, Tier};
+use kvortex_mem::file::{Call, Effect, Fault, FaultPlan};
+
+const EIO: i32 = 5;
+const EINVAL: i32 = 22;
+const ENOSPC: i32 = 28;
+const EROFS: i32 = 30;
+const EMFILE: i32 = 24;
+const ESTALE: i32 = 116;
+const ERRNOS: [i32; 6] = [EIO, EINVAL, ENOSPC, EROFS, EMFILE, ESTALE];
+
+/// Puts, reads, forgets and reads again. Whatever fails on the way, no byte is wrong and all slots come back.
+fn life(folder: &Folder, plan: &Arc<FaultPlan>) {
+    let world = World::new(64, BLOCK);
+    if let Ok(tier) = DiskTier::open(folder.faulty(8, plan), &world.arena, IDENTITY) {
+        let _ = world.put(&tier, 0..6);
+        tier.flush(PATIENCE);
+        world.get(&tier, &[0, 1, 2, 3, 4, 5], PATIENCE);
+        let _ = world.put(&tier, 6..12);
+        tier.flush(PATIENCE);
+        world.get(&tier, &[4, 8, 11, 99], PATIENCE);
+        tier.clear();
+        world.get(&tier, &[4, 8], PATIENCE);
+        assert!(tier.stop(PATIENCE));
+    }
+    assert_eq!(world.arena.slots().free(), world.arena.slots().total());
+}
+
+#[test]
+fn any_call_may_fail_once_or_from_then_on() {
+    let counting = Arc::new(FaultPlan::default());
+    life(&Folder::quick("count"), &counting);
+    for call in Call::ALL {
+        let calls = counting.count(call);
+        assert!(calls > 0 || matches!(call, Call::Truncate), "{call:?} is never made");
+        for first in 0..calls {
+            let errno = ERRNOS[first as usize % ERRNOS.len()];
+            let rest = if calls <= 12 { &ERRNOS[..] } else { &[errno][..] };
+            for &errno in rest {
+                for count in [1, u64::MAX] {
+                    let plan = Arc::new(FaultPlan::default());
+                    plan.set(&[Fault { call, first, count, effect: Effect::Errno(errno) }]);
+                    let folder = Folder::quick("nth");
+                    life(&folder, &plan);
+                    // What it leaves behind serves right bytes or none.
+                    life(&folder, &Arc::new(FaultPlan::default()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn short_counts_change_nothing() {
+    for short in [1, 512, 4096] {
+        let plan = Arc::new(FaultPlan::default());
+        plan.always(Call::Write, Effect::Short(short));
+        plan.always(Call::Read, Effect::Short(short));
+        life(&Folder::new("short"), &plan);
+    }
+}
+
+/// Waits until a put is kept.
+fn resumes(world: &World, tier: &dyn Tier, id: usize) -> Duration {
+    let start = Instant::now();
+    loop {
+        let put = world.put(tier, [id])[0];
+        tier.flush(PATIENCE);
+        if put == Put::Present {
+            return start.elapsed();
+        }
+        assert!(start.elapsed() < Duration::from_secs(30), "it never resumes");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_goes_on_serving_and_resumes() {
+    for errno in [ENOSPC, EROFS, EIO] {
+        let (folder, world) = (Folder::new("full"), World::new(64, BLOCK));
+        let plan = Arc::new(FaultPlan::default());
+        let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+        world.keep(&tier, 0..8);
+        plan.always(Call::Write, Effect::Errno(errno));
+        plan.always(Call::Allocate, Effect::Errno(errno));
+        let _ = world.put(&tier, 8..12);
+        assert!(tier.flush(PATIENCE));
+        assert!(tier.stats().failing);
+        assert_eq!(world.put(&tier, [20]), [Put::Dropped], "it is paused");
+        assert_eq!(world.get(&tier, &[0, 7, 8], PATIENCE), [true, true, false]);
+        plan.clear();
+        assert!(resumes(&world, &tier, 30) < Duration::from_secs(5));
+        assert!(!tier.stats().failing);
+        assert_eq!(world.get(&tier, &[0, 30], PATIENCE), [true, true]);
+    }
+}
+
+#[test]
+fn a_file_that_cannot_grow_keeps_what_it_has_room_for() {
+    let (folder, world) = (Folder::new("grow"), World::new(128, BLOCK));
+    let plan = Arc::new(FaultPlan::default());
+    // The first call makes the superblocks, the next a segment.
+    plan.set(&[Fault { call: Call::Allocate, first: 3, count: u64::MAX, effect: Effect::Errno(ENOSPC) }]);
+    let tier = DiskTier::open(folder.faulty(64, &plan), &world.arena, IDENTITY).unwrap();
+    for first in 0..10 {
+        world.keep(&tier, first * 4..first * 4 + 4);
+    }
+    let small = tier.stats().capacity_blocks;
+    assert!(small > 0 && small < 20 && tier.stats().evictions > 0, "{:?}", tier.stats());
+    plan.clear();
+    let start = Instant::now();
+    while tier.stats().capacity_blocks < 60 {
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", tier.stats());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_slow_disk_is_late_and_nobody_waits_for_it() {
+    let (folder, world) = (Folder::new("slow"), World::new(64, BLOCK));
+    let plan = Arc::new(FaultPlan::default());
+    let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+    world.keep(&tier, 0..20);
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(100)));
+    let ids: Vec<usize> = (0..20).collect();
+    let found = world.get(&tier, &ids, Duration::from_millis(30));
+    assert!(found.iter().any(|&found| !found));
+    assert!(tier.stats().late > 0);
+    plan.clear();
+    assert_eq!(world.get(&tier, &ids, PATIENCE), vec![true; 20]);
+}
+
+#[test]
+fn a_folder_that_is_taken_away_is_made_anew() {
+    let (folder, world) = (Folder::new("away"), World::new(64, BLOCK));
+    let tier = folder.open(&world, 32);
+    world.keep(&tier, 0..8);
+    std::fs::remove_dir_all(&folder.path).unwrap();
+    world.get(&tier, &[0, 1], PATIENCE);
+    let start = Instant::now();
+    while !folder.blocks_file().exists() {
+        assert!(start.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    resumes(&world, &tier, 50);
+    assert!(tier.stop(PATIENCE));
+    drop(tier);
+    let tier = folder.open(&world, 32);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.get(&tier, &[50], PATIENCE), [true]);
+}
+
+/// What a child does until it is killed: it puts, reads and lets be evicted, and says what is kept.
+#[test]
+fn child_that_is_killed() {
+    let Ok(path) = std::env::var("KVORTEX_CHILD_FOLDER") else { return };
+    let folder = Folder::at(PathBuf::from(path));
+    // What an earlier child said may be evicted by this one.
+    let _ = std::fs::remove_file(folder.path.join("kept"));
+    let world = World::new(64, BLOCK);
+    let plan = Arc::new(FaultPlan::default());
+    if let Ok(nth) = std::env::var("KVORTEX_CHILD_KILL") {
+        let first = nth.parse().unwrap();
+        plan.set(&[Fault { call: Call::Write, first, count: 1, effect: Effect::KillAfter }]);
+    }
+    let tier = DiskTier::open(folder.faulty(24, &plan), &world.arena, IDENTITY).unwrap();
+    for round in 0.. {
+        let ids: Vec<usize> = (0..4).map(|i| (round * 4 + i) % 60).collect();
+        world.keep(&tier, ids.iter().copied());
+        world.get(&tier, &ids, PATIENCE);
+        std::fs::write(folder.path.join("kept"), format!("{} {} {} {}", ids[0], ids[1], ids[2], ids[3])).unwrap();
+    }
+}
+
+fn child(folder: &Folder, kill: Option<u64>) -> std::process::Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["child_that_is_killed", "--exact", "--nocapture"]).env("KVORTEX_CHILD_FOLDER", &folder.path);
+    if let Some(nth) = kill {
+        command.env("KVORTEX_CHILD_KILL", nth.to_string());
+    }
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// Everything that a child left is right, what it said to be kept is there, and no byte is taken beyond the cap.
+fn judge(folder: &Folder) {
+    let world = World::new(64, BLOCK);
+    let start = Instant::now();
+    let tier = folder.open(&world, 24);
+    assert!(tier.flush(PATIENCE) && start.elapsed() < Duration::from_secs(2));
+    let said = std::fs::read_to_string(folder.path.join("kept")).unwrap_or_default();
+    let kept: Vec<usize> = said.split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let found = world.get(&tier, &kept, PATIENCE);
+    assert!(found.iter().all(|&found| found), "what was kept is lost: {said} {found:?} {:?}", tier.stats());
+    let all: Vec<usize> = (0..60).collect();
+    world.get(&tier, &all, PATIENCE);
+    assert!(folder.taken() <= tier.stats().max_bytes);
+    assert!(tier.stop(PATIENCE));
+}
+
+#[test]
+fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
+    let kills: usize = std::env::var("KVORTEX_KILLS").map_or(30, |count| count.parse().unwrap());
+    let folder = Folder::quick("kills");
+    for kill in 0..kills {
+        let mut child = child(&folder, None);
+        std::thread::sleep(Duration::from_millis(30 + (kill as u64 * 37) % 90));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        judge(&folder);
+    }
+}
+
+#[test]
+fn a_kill_at_any_write_loses_nothing_that_was_kept() {
+    let folder = Folder::quick("writes");
+    for nth in 0..30 {
+        let mut child = child(&folder, Some(nth));
+        assert!(!child.wait().unwrap().success());
+        judge(&folder);
+    }
+}

@@ -1,0 +1,127 @@
+//! An engine with a disk below: blocks are found again after eviction and after a restart, and only by their own model.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+#[path = "common/mod.rs"]
+mod common;
+mod folder;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::*;
+use folder::Folder;
+use kvortex::{Engine, EngineConfig, Keys, Namespace};
+use kvortex_mem::file::{Call, Effect, FaultPlan};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn configured(folder: &Folder, blocks: usize, model: u8) -> EngineConfig {
+    let namespace = Namespace::from_digest([model; 32]);
+    EngineConfig { disk: Some(folder.config(256)), namespace, disk_read_deadline: PATIENCE, ..config(blocks) }
+}
+
+fn with_disk(folder: &Folder, blocks: usize, model: u8) -> Engine {
+    let engine = Engine::create(configured(folder, blocks, model)).unwrap();
+    engine.bind(BLOCK, Namespace::from_digest([model; 32])).unwrap();
+    assert!(engine.flush(PATIENCE).unwrap());
+    engine
+}
+
+fn prefix(engine: &Engine, keys: &[Key]) -> usize {
+    engine.match_prefix(Keys::from_slices(keys)).unwrap()
+}
+
+#[test]
+fn what_was_evicted_comes_back_from_the_disk() {
+    let (folder, all) = (Folder::new("evicted"), keys(0..60));
+    let engine = with_disk(&folder, 20, 1);
+    for run in all.chunks(6) {
+        save(&engine, run);
+        assert!(engine.flush(PATIENCE).unwrap());
+    }
+    assert!(engine.stats().evictions > 0);
+    for run in all.chunks(6) {
+        assert_eq!(prefix(&engine, run), 6);
+        assert_eq!(load(&engine, run).blocks, 6);
+        assert_eq!(engine.lease_prefix(Keys::from_slices(run)).unwrap().len(), 6);
+    }
+    let disk = engine.stats().disk.unwrap();
+    assert_eq!((disk.blocks, disk.corrupt), (60, 0));
+    assert!(disk.hits >= 40);
+}
+
+#[test]
+fn a_new_engine_finds_what_an_earlier_one_kept() {
+    let (folder, all) = (Folder::new("anew"), keys(0..12));
+    save(&with_disk(&folder, 20, 1), &all);
+    let engine = with_disk(&folder, 20, 1);
+    assert_eq!(engine.check(Keys::from_slices(&all)).unwrap().count(), 12);
+    assert_eq!(prefix(&engine, &all), 12);
+    assert_eq!(load(&engine, &all).blocks, 12);
+    drop(engine);
+    let other = with_disk(&folder, 20, 2);
+    assert_eq!((prefix(&other, &all), load(&other, &all).blocks), (0, 0));
+}
+
+#[test]
+fn a_prefix_is_brought_up_to_its_first_hole() {
+    let (folder, all) = (Folder::new("hole"), keys(0..12));
+    save(&with_disk(&folder, 20, 1), &[&all[..5], &all[6..]].concat());
+    let engine = with_disk(&folder, 20, 1);
+    assert_eq!(prefix(&engine, &all), 5);
+    assert_eq!(engine.stats().blocks, 5, "what lies behind a hole is of no use");
+    assert_eq!(load(&engine, &all).blocks, 11);
+}
+
+#[test]
+fn without_a_namespace_nothing_is_kept() {
+    let folder = Folder::new("nobody");
+    let engine =
+        Engine::create(EngineConfig { namespace: Namespace::default(), ..configured(&folder, 20, 1) }).unwrap();
+    save(&engine, &keys(0..4));
+    assert_eq!((engine.stats().disk, folder.path.exists()), (None, false));
+}
+
+#[test]
+fn a_reset_forgets_the_disk_too() {
+    let (folder, all) = (Folder::new("reset"), keys(0..8));
+    let engine = with_disk(&folder, 20, 1);
+    save(&engine, &all);
+    assert_eq!(engine.reset().unwrap(), 8);
+    assert_eq!(prefix(&engine, &all), 0);
+    drop(engine);
+    assert_eq!(prefix(&with_disk(&folder, 20, 1), &all), 0);
+}
+
+#[test]
+fn a_slow_disk_is_waited_for_until_the_deadline() {
+    let (folder, all) = (Folder::new("deadline"), keys(0..8));
+    save(&with_disk(&folder, 20, 1), &all);
+    let plan = Arc::new(FaultPlan::default());
+    let mut config = EngineConfig { disk: Some(folder.faulty(256, &plan)), ..configured(&folder, 20, 1) };
+    config.disk_read_deadline = Duration::from_millis(100);
+    let engine = Engine::create(config).unwrap();
+    engine.bind(BLOCK, Namespace::from_digest([1; 32])).unwrap();
+    assert!(engine.flush(PATIENCE).unwrap());
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(400)));
+    let start = Instant::now();
+    assert_eq!(prefix(&engine, &all), 0);
+    assert!(start.elapsed() < Duration::from_millis(300));
+    plan.clear();
+    // What had begun lands later, and what had not can be asked for again.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(load(&engine, &all).blocks, 8);
+}
+
+#[test]
+fn many_want_the_same_and_it_is_read_once() {
+    let (folder, all) = (Folder::new("herd"), keys(0..16));
+    save(&with_disk(&folder, 40, 1), &all);
+    let engine = with_disk(&folder, 40, 1);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert_eq!(prefix(&engine, &all), 16));
+        }
+    });
+    assert_eq!(engine.stats().disk.unwrap().hits, 16);
+}

@@ -1,0 +1,104 @@
+"""Loads that arrive layer by layer: which hooks may be counted on, and what each of them waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvortex import Parts
+
+__all__ = ["LayerHooks"]
+
+
+PART_BYTES = 32 << 20
+"""Parts are at least this large: each costs some calls of the driver, which a small load would feel."""
+
+
+class LayerHooks:
+    """The hooks of single layers, which a replayed full CUDA graph does not call.
+
+    A load is split by layers only in a step whose forward context shows that layers run one by one, and only after an
+    earlier load, awaited as a whole, was followed by the hooks of its step. What had no hook then is awaited up front.
+    """
+
+    def __init__(self, order: Mapping[str, int], layer_bytes: Sequence[int]) -> None:
+        """``order`` has the place of each layer in a block, ``layer_bytes`` the bytes of each place."""
+        self._order = order
+        self._ends = [sum(layer_bytes[: index + 1]) for index in range(len(layer_bytes))]
+        self._known: frozenset[int] = frozenset()
+        self._ran: set[int] = set()
+        self._split: list[_Split] = []
+        self._teaches = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._ran.clear()
+        self._split.clear()
+        self._teaches = False
+
+    def may_split(self, forward_context: Any) -> bool:
+        """Whether loads of this step may be awaited layer by layer; asked once, if the step has any."""
+        by_layers = _runs_by_layers(forward_context)
+        self._teaches = by_layers and not self._known
+        return by_layers and len(self._known) > 1
+
+    def layers_together(self, blocks: int) -> int:
+        """How many layers make up one part of a load of ``blocks`` blocks."""
+        nbytes = blocks * self._ends[-1]
+        return min(len(self._ends), -(-PART_BYTES * len(self._ends) // nbytes))
+
+    def ends(self, together: int) -> list[int]:
+        """Byte of a block at which each part of ``together`` layers ends."""
+        inner = self._ends[together - 1 :: together]
+        return inner if inner and inner[-1] == self._ends[-1] else [*inner, self._ends[-1]]
+
+    def split(self, parts: Parts, together: int) -> None:
+        """A load was started in these parts."""
+        started = _Split(parts, together)
+        self._split.append(started)
+        for index in range(len(self._ends)):
+            if index not in self._known:
+                started.hold(index)
+
+    def computes(self, layer: str) -> None:
+        """A layer is about to be computed: what it reads comes first."""
+        index = self._order.get(layer)
+        if index is None or index in self._ran:
+            return
+        self._ran.add(index)
+        for started in self._split:
+            started.hold(index)
+
+    def end(self) -> None:
+        """The pass is enqueued. Raises RuntimeError if it did not wait for a layer's load."""
+        missed = self._known - self._ran
+        if self._split and missed:
+            names = sorted(name for name, index in self._order.items() if index in missed)
+            raise RuntimeError(f"vLLM computed layers {names} without calling their hooks: what they read is wrong")
+        if self._teaches:
+            self._known = frozenset(self._ran)
+        self.begin()
+
+
+class _Split:
+    """A load that is awaited in parts, each once."""
+
+    def __init__(self, parts: Parts, together: int) -> None:
+        self._parts, self._together = parts, together
+        self._held: set[int] = set()
+
+    def hold(self, layer: int) -> None:
+        part = layer // self._together
+        if part not in self._held:
+            self._parts.hold(part)
+            self._held.add(part)
+
+
+def _runs_by_layers(forward_context: Any) -> bool:
+    """Whether attention runs outside of a graph, with its hooks."""
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    return getattr(forward_context, "attn_metadata", None) is not None and getattr(mode, "name", "FULL") in MODES
+
+
+MODES = ("NONE", "PIECEWISE")

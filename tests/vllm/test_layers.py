@@ -1,0 +1,107 @@
+"""Which hooks of layers a load may count on."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvortex.vllm.layers import LayerHooks
+
+NAMES = ["a", "b", "c", "drafter"]
+
+
+class Parts:
+    """Remembers which parts were awaited."""
+
+    def __init__(self):
+        self.held = []
+
+    def hold(self, index):
+        self.held.append(index)
+
+
+def context(mode="PIECEWISE", metadata=()):
+    return SimpleNamespace(cudagraph_runtime_mode=SimpleNamespace(name=mode), attn_metadata=metadata)
+
+
+def taught(seen=("a", "b", "c")):
+    """Hooks that have seen a step with a load that was awaited as a whole."""
+    hooks = LayerHooks({name: index for index, name in enumerate(NAMES)}, [10, 20, 30, 40])
+    assert not hooks.may_split(context())
+    for name in seen:
+        hooks.computes(name)
+    hooks.end()
+    return hooks
+
+
+def test_parts_end_where_their_layers_end():
+    hooks = taught()
+    assert [hooks.ends(count) for count in (1, 2, 3, 4)] == [
+        [10, 30, 60, 100],
+        [30, 100],
+        [60, 100],
+        [100],
+    ]
+
+
+def test_small_loads_have_few_parts():
+    hooks = LayerHooks({str(index): index for index in range(32)}, [64 << 10] * 32)
+    assert [hooks.layers_together(blocks) for blocks in (1, 16, 127, 128, 511, 512, 2000)] == [32, 32, 5, 4, 2, 1, 1]
+
+
+def test_each_layer_waits_for_its_own_part_once():
+    hooks, parts = taught(), [Parts(), Parts()]
+    assert hooks.may_split(context("NONE"))
+    for one in parts:
+        hooks.split(one, 1)
+    assert [one.held for one in parts] == [[3], [3]], "what had no hook is awaited up front"
+    for name in ("a", "b", "unknown", "b", "c"):
+        hooks.computes(name)
+    hooks.end()
+    assert [one.held for one in parts] == [[3, 0, 1, 2]] * 2
+
+
+def test_layers_of_one_part_wait_once():
+    hooks, parts = taught(), Parts()
+    assert hooks.may_split(context())
+    hooks.split(parts, 2)
+    for name in ("b", "a", "c"):
+        hooks.computes(name)
+    assert parts.held == [1, 0]
+
+
+@pytest.mark.parametrize("other", [context("FULL"), context(metadata=None), SimpleNamespace(attn_metadata={}), None])
+def test_without_hooks_to_come_nothing_is_split(other):
+    hooks = taught()
+    assert not hooks.may_split(other)
+    assert hooks.may_split(context())
+
+
+def test_a_step_in_a_graph_teaches_nothing():
+    hooks = LayerHooks({"a": 0, "b": 1}, [1, 1])
+    for other in (context("FULL"), context(metadata=None)):
+        assert not hooks.may_split(other)
+        hooks.computes("a")
+        hooks.computes("b")
+        hooks.end()
+    assert not hooks.may_split(context())
+
+
+def test_one_hook_is_no_reason_to_split():
+    assert not taught(seen=["b"]).may_split(context())
+
+
+def test_a_hook_that_is_left_out_fails_the_step():
+    hooks = taught()
+    assert hooks.may_split(context())
+    hooks.split(Parts(), 1)
+    hooks.computes("a")
+    hooks.computes("c")
+    with pytest.raises(RuntimeError, match=r"layers \['b'\] without calling their hooks"):
+        hooks.end()
+
+
+def test_a_step_that_loads_nothing_may_leave_hooks_out():
+    hooks = taught()
+    hooks.computes("a")
+    hooks.end()
+    assert hooks.may_split(context())

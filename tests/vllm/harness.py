@@ -251,10 +251,8 @@ class Run:
         self.device.pass_time()
 
     def _reset(self, reset_connector):
-        if any(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS for request in self.scheduler.requests.values()):
-            return
         self.counts.resets += 1
-        # vLLM itself does not do it while blocks are held for a load.
+        # While blocks are held for a load vLLM preempts all that runs and then fails.
         with contextlib.suppress(RuntimeError):
             self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=reset_connector)
         if self.lag and not NEW:

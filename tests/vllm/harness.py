@@ -33,7 +33,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvortex import PagedCache
 from kvortex.vllm import KVortexConnector, layers, settings
 from kvortex.vllm import connector as connectors
 from kvortex.vllm import layout as layouts
@@ -202,10 +201,9 @@ class Run:
         )
 
     def _make_scratch(self):
-        """As many blocks in host memory that no engine uses."""
+        """As many blocks in host memory that no engine uses, described as the engine's are."""
         tensors, views = kv_tensors(self.blocks, self.options.layout)
-        blocks_first = NEW or self.options.layout != "NHD"
-        return PagedCache([one if blocks_first else one.movedim(1, 0) for one in tensors.values()]), views
+        return layouts.paged_cache(self.connector._layout, tensors, self.config), views
 
     def go(self):
         """Runs the schedule to its end; raises Wrong or AssertionError with the seed in it."""

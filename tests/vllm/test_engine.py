@@ -87,34 +87,36 @@ REFUSED |= {
     "pipeline": ({}, {"pipeline_parallel_size": 2}, "KVortex does not serve pipeline parallelism"),
     "contexts": ({}, {"decode_context_parallel_size": 2}, "KVortex does not serve decode context parallelism"),
     "prompts": ({}, {"prefill_context_parallel_size": 2}, "KVortex does not serve prefill context parallelism"),
-    "experts": ({}, {"enable_elastic_ep": True}, "KVortex does not serve elastic expert parallelism"),
     "hosts": ({}, {"nnodes": 2}, "KVortex does not serve tensor parallelism over several hosts"),
     "groups": ({}, {}, "the model has 2 KV-cache groups and KVortex keeps one: start vLLM with --disable-hybrid"),
 }
 if OLD:
     REFUSED["sleep"] = ({}, {"enable_sleep_mode": True}, "leave --enable-sleep-mode out, or use a later vLLM")
+else:
+    REFUSED["experts"] = ({}, {"enable_elastic_ep": True}, "KVortex does not serve elastic expert parallelism")
 
 REFUSE = """
-import json, sys
+import copy, json, sys
 sys.path.insert(0, sys.argv[1])
 import vllm
 if vllm.__version__.startswith("0.15"):
     import attention_in_torch
-from harness import kv_cache_config, Options
+from harness import kv_cache_config
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from kvortex.vllm import KVortexConnector
+served = EngineArgs(
+    model=sys.argv[2], skip_tokenizer_init=True, dtype="float32", max_model_len=512, block_size=32
+).create_engine_config()
 for what, (transfer, args) in json.loads(sys.argv[3]).items():
-    config = EngineArgs(
-        model=sys.argv[2], skip_tokenizer_init=True, dtype="float32", max_model_len=512, block_size=32
-    ).create_engine_config()
+    config = copy.deepcopy(served)
     transfer = {"kv_connector": "KVortexConnector", "kv_role": "kv_both", **transfer}
     config.kv_transfer_config = KVTransferConfig(**transfer)
     for name, value in args.items():
         place = next(one for one in vars(config).values() if hasattr(one, name))
         object.__setattr__(place, name, value)
-    caches = kv_cache_config(Options(0))
+    caches = kv_cache_config(40)
     if what == "groups":
         caches.kv_cache_groups *= 2
     try:

@@ -104,6 +104,11 @@ class KVortexConnector(KVConnectorBase_V1):
             mode.name,
             self._namespace.hex()[:16],
         )
+        engines = self._vllm.parallel_config.data_parallel_size
+        if engines > 1:
+            shares = 1 if self._rows == "one" else self._ranks
+            total = engines * shares * self._config.cpu_pool_size_bytes
+            log.info("%d engines (data parallelism) take %d bytes of host memory in all", engines, total)
         return SchedulerSide(planner, self._layout, mode)
 
     # Scheduler.

@@ -50,4 +50,9 @@ def read(extra: Mapping[str, object], held_blocks: int | None) -> tuple[KVortexC
         raise ConfigError(f"load_mode = {mode!r}: give one of {', '.join(MODES)}")
     if mode == "auto" and held_blocks is not None:
         mode = "sync"
-    return KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs}), LoadMode(mode, held_blocks)
+    config = KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs})
+    if config.disk_paths:
+        raise ConfigError(
+            f"disk_paths = {config.disk_paths!r}: under vLLM blocks are in host memory only; leave it out"
+        )
+    return config, LoadMode(mode, held_blocks)

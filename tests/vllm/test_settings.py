@@ -75,5 +75,5 @@ def test_auto_loads_little_inside_the_step_and_much_beside_others():
 
 
 def test_a_disk_is_refused_by_name(config, monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match="disk_paths = .*under vLLM blocks are in host memory only; leave it out"):
+    with pytest.raises(ConfigError, match=r"disk_paths = .*under vLLM blocks are in host memory only; leave it out"):
         connector(config, monkeypatch, {"disk_paths": [str(tmp_path)]})

@@ -153,6 +153,8 @@ class Run:
         self.order = ORDERS[options.order]
         self.rng = random.Random(str(options))
         self.blocks, self.slots = self.rng.choice((36, 44, 60)), self.rng.choice((30, 60, 120))
+        self.part_bytes = self.rng.choice((1, 4 * LAYER_BYTES))
+        """With the second, loads of few blocks have several layers in a part."""
         self.device = Device(self.rng)
         self.lag, self.unread = self.order.ahead, []
         self.requests: dict[str, Tracked] = {}
@@ -201,9 +203,9 @@ class Run:
         )
 
     def _make_scratch(self):
-        """As many blocks in host memory that no engine uses, described as the engine's are."""
-        tensors, views = kv_tensors(self.blocks, self.options.layout)
-        return layouts.paged_cache(self.connector._layout, tensors, self.config), views
+        """As many blocks in host memory that no engine uses, of the same layout."""
+        registered, views = kv_tensors(self.blocks, self.options.layout)
+        return layouts.paged_cache(self.connector._layout, registered, self.config), views
 
     def go(self):
         """Runs the schedule to its end; raises Wrong or AssertionError with the seed in it."""
@@ -223,7 +225,7 @@ class Run:
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", clock))
             stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
-            stack.enter_context(mock.patch.object(layers, "PART_BYTES", 1))
+            stack.enter_context(mock.patch.object(layers, "PART_BYTES", self.part_bytes))
             yield
 
     def _go(self):

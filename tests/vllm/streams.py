@@ -170,10 +170,13 @@ class StreamMover:
         last = partial(self._load_last_part, ticket, slots, blocks, layers[-1], given)
         parts.marks = self._submit(LOAD, blocks, [*first, last])
 
-    def fail_later(self, ticket, slots, blocks):
+    def fail_later(self, ticket, slots, blocks, *, parts=None):
         """As ``load``, of which nothing comes."""
         (end,) = self._submit(LOAD, blocks, [partial(self._refuse, self.real.load, ticket, slots, blocks)])
-        self.compute.put(after=(end,))
+        if parts is None:
+            self.compute.put(after=(end,))
+        else:
+            parts.marks = [end] * len(parts)
 
     def fence(self, blocks):
         """As ``RankMover.fence``."""

@@ -55,7 +55,7 @@ def test_no_position_is_ever_wrong(config, model_folder, order, mode, layout, re
     # 0.15 has room for few loads in the background; the others are inside the steps.
     is_in_step = mode != "async" or not NEW
     assert (totals["in_step"] > 3 * SEEDS) == is_in_step
-    assert (totals["layerwise"] > SEEDS) == (is_in_step)
+    assert (totals["layerwise"] > SEEDS) == is_in_step
     if mode == "async":
         assert totals["failed_loads"] > SEEDS / 2
 
@@ -70,7 +70,7 @@ def test_a_run_is_replayed_from_its_seed(config, model_folder):
 def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(config, model_folder, monkeypatch, order):
     logging.disable(logging.CRITICAL)
     run = Run(model_folder, Options(0, order=order), config)
-    monkeypatch.setattr(run.mover, "load", lambda *load, parts=None: run.mover.fail_later(*load))
+    monkeypatch.setattr(run.mover, "load", run.mover.fail_later)
     monkeypatch.setattr(run.worker, "_check", lambda *_: None)
     with pytest.raises(RuntimeError, match="which a step was promised, failed"):
         run.go()

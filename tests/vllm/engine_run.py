@@ -82,7 +82,8 @@ class Engine:
         assert self.llm.reset_prefix_cache(reset_connector=connector) is True, "the prefix cache was not reset"
         if self.runner is not None:
             for cache in self.runner.kv_caches:
-                cache.normal_()
+                # Bytes of fp8 are numbers of 8 bits to torch, and none of these are NaN.
+                cache.normal_() if cache.is_floating_point() else cache.random_(0, 64)
 
 
 def main(model, options):
@@ -142,7 +143,7 @@ def corrupted(engine, prompt):
         for cache in engine.runner.kv_caches:
             dim = next(dim for dim, size in enumerate(cache.shape) if size == side._cache.num_blocks)
             if ids:
-                cache.index_fill_(dim, torch.tensor(ids), 0.5)
+                cache.index_fill_(dim, torch.tensor(ids), 0.5 if cache.is_floating_point() else 60)
 
     side.load = spoiled
     return engine.ask(prompt)

@@ -22,8 +22,10 @@ KINDS = {"one process": ({}, ONE_PROCESS), "one process, async": ({"extra": {"lo
 if not OLD:
     KINDS |= {
         "several processes": ({}, SEVERAL),
+        "two ranks": ({"llm": {"tensor_parallel_size": 2}}, SEVERAL),
         "two ranks, async": ({"extra": {"load_mode": "async"}, "llm": {"tensor_parallel_size": 2}}, SEVERAL),
         "child of MultiConnector": ({"multi": True}, ONE_PROCESS),
+        "fp8": ({"llm": {"kv_cache_dtype": "fp8"}}, ONE_PROCESS),
     }
 
 
@@ -187,6 +189,16 @@ def server(weights_folder, tmp_path):
             process.wait(60)
 
 
+def hung_up_in_the_middle(port, body):
+    """Asks for a long answer to a prompt that is loaded, and leaves after its first words."""
+    words = json.dumps({**body, "max_tokens": 600, "stream": True}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", words, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline()
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(OLD, reason="without its C extension 0.15.1 runs in one process only")
 def test_a_server_answers_from_our_blocks(server):
@@ -202,6 +214,10 @@ def test_a_server_answers_from_our_blocks(server):
     ask(port, "/reset_prefix_cache", {})
     assert tokens() == cold
     metrics = ask(port, "/metrics")
+    ask(port, "/reset_prefix_cache", {})
+    hung_up_in_the_middle(port, body)
+    ask(port, "/reset_prefix_cache", {})
+    assert tokens() == cold
     (hits,) = [line for line in metrics.splitlines() if line.startswith("vllm:external_prefix_cache_hits_total")]
     assert float(hits.split()[-1]) == 384, hits
     os.killpg(process.pid, signal.SIGINT)

@@ -54,8 +54,8 @@ def test_no_position_is_ever_wrong(config, model_folder, order, mode, layout, re
     assert (totals["background"] > SEEDS) == (mode == "async" or (mode == "auto" and NEW))
     # 0.15 has room for few loads in the background; the others are inside the steps.
     is_in_step = mode != "async" or not NEW
-    assert (totals["in_step"] > 3 * SEEDS) == is_in_step
-    assert (totals["layerwise"] > SEEDS) == is_in_step
+    assert (totals["in_step"] > SEEDS) == is_in_step
+    assert (totals["layerwise"] > SEEDS / 2) == is_in_step
     if mode == "async":
         assert totals["failed_loads"] > SEEDS / 2
 

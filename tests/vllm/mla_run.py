@@ -44,9 +44,9 @@ def spoil_last_rank(worker):
     side = get_kv_transfer_group()._worker
     load = side.load
 
-    def spoiled():
+    def spoiled(forward_context=None):
         ids = [block for one in side._step.loads for block in one.blocks]
-        load()
+        load(forward_context)
         for cache in worker.model_runner.kv_caches if ids else ():
             cache.index_fill_(0, torch.tensor(ids), 0.5)
 

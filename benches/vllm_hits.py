@@ -488,8 +488,9 @@ def main():
     parser.add_argument("--only", choices=["first", "throughput"], help="one of the measurements of misses")
     arguments = parser.parse_args()
     if arguments.what == "hits" and len(arguments.connectors) > 1:
+        same = ["--pool-gib", str(arguments.pool_gib), "--lengths", *map(str, arguments.lengths)]
         for name in arguments.connectors:
-            subprocess.run([sys.executable, __file__, "hits", name, "--pool-gib", str(arguments.pool_gib)], check=True)
+            subprocess.run([sys.executable, __file__, "hits", name, *same], check=True)
         return
     {"hits": hits, "misses": misses, "serve": serve}[arguments.what](arguments.connectors[0], arguments)
 

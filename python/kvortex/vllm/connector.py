@@ -73,8 +73,9 @@ class KVortexConnector(KVConnectorBase_V1):
         self._namespace = identify(vllm_config, self._layout, vllm.__version__).namespace
         self._engine_id = str(transfer.engine_id)
         self._rows: Literal["private", "one"] = "one" if self._layout.replicated and self._ranks > 1 else "private"
-        shares = 1 if self._rows == "one" else self._ranks
-        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=max(1, config.cpu_pool_size_bytes // shares))
+        self._shares = 1 if self._rows == "one" else self._ranks
+        share = max(1, config.cpu_pool_size_bytes // self._shares)
+        self._config = KVortexConfig.of(config, cpu_pool_size_bytes=share)
         self._vllm = vllm_config
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -106,8 +107,7 @@ class KVortexConnector(KVConnectorBase_V1):
         )
         engines = self._vllm.parallel_config.data_parallel_size
         if engines > 1:
-            shares = 1 if self._rows == "one" else self._ranks
-            total = engines * shares * self._config.cpu_pool_size_bytes
+            total = engines * self._shares * self._config.cpu_pool_size_bytes
             log.info("%d engines (data parallelism) take %d bytes of host memory in all", engines, total)
         return SchedulerSide(planner, self._layout, mode)
 

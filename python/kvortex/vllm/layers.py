@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerHooks"]
 
+MODES = ("NONE", "PIECEWISE")
+"""Of CUDA graphs, in which attention and its hooks run outside of any."""
 
 PART_BYTES = 32 << 20
 """Parts are at least this large: each costs some calls of the driver, which a small load would feel."""
@@ -99,6 +101,3 @@ def _runs_by_layers(forward_context: Any) -> bool:
     """Whether attention runs outside of a graph, with its hooks."""
     mode = getattr(forward_context, "cudagraph_runtime_mode", None)
     return getattr(forward_context, "attn_metadata", None) is not None and getattr(mode, "name", "FULL") in MODES
-
-
-MODES = ("NONE", "PIECEWISE")

@@ -225,7 +225,8 @@ class Run:
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", clock))
             stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
-            stack.enter_context(mock.patch.object(layers, "PART_BYTES", self.part_bytes))
+            for name in ("FIRST_PART_BYTES", "PART_BYTES"):
+                stack.enter_context(mock.patch.object(layers, name, self.part_bytes))
             yield
 
     def _go(self):

@@ -35,24 +35,28 @@ def taught(seen=("a", "b", "c")):
 
 def test_parts_end_where_their_layers_end():
     hooks = taught()
-    assert [hooks.ends(count) for count in (1, 2, 3, 4)] == [
-        [10, 30, 60, 100],
-        [30, 100],
-        [60, 100],
-        [100],
-    ]
+    assert hooks.ends([1, 2, 3, 4]) == [10, 30, 60, 100]
+    assert hooks.ends([3, 4]) == [60, 100]
+    assert hooks.ends([4]) == [100]
 
 
-def test_small_loads_have_few_parts():
+def test_small_loads_have_few_parts_and_the_first_is_the_smallest():
     hooks = LayerHooks({str(index): index for index in range(32)}, [64 << 10] * 32)
-    assert [hooks.layers_together(blocks) for blocks in (1, 16, 127, 128, 511, 512, 2000)] == [32, 32, 5, 4, 2, 1, 1]
+    assert [hooks.parts(blocks) for blocks in (1, 2, 16, 64)] == [
+        [32],
+        [32],
+        [4, 12, 28, 32],
+        [1, 3, 7, 15, 23, 31, 32],
+    ]
+    assert hooks.parts(128) == [1, 2, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert hooks.parts(512) == hooks.parts(2000) == list(range(1, 33))
 
 
 def test_each_layer_waits_for_its_own_part_once():
     hooks, parts = taught(), [Parts(), Parts()]
     assert hooks.may_split(context("NONE"))
     for one in parts:
-        hooks.split(one, 1)
+        hooks.split(one, [1, 2, 3, 4])
     assert [one.held for one in parts] == [[3], [3]], "what had no hook is awaited up front"
     for name in ("a", "b", "unknown", "b", "c"):
         hooks.computes(name)
@@ -63,7 +67,7 @@ def test_each_layer_waits_for_its_own_part_once():
 def test_layers_of_one_part_wait_once():
     hooks, parts = taught(), Parts()
     assert hooks.may_split(context())
-    hooks.split(parts, 2)
+    hooks.split(parts, [2, 4])
     for name in ("b", "a", "c"):
         hooks.computes(name)
     assert parts.held == [1, 0]
@@ -93,7 +97,7 @@ def test_one_hook_is_no_reason_to_split():
 def test_a_hook_that_is_left_out_fails_the_step():
     hooks = taught()
     assert hooks.may_split(context())
-    hooks.split(Parts(), 1)
+    hooks.split(Parts(), [1, 2, 3, 4])
     hooks.computes("a")
     hooks.computes("c")
     with pytest.raises(RuntimeError, match=r"layers \['b'\] without calling their hooks"):

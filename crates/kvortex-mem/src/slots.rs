@@ -9,8 +9,8 @@ pub struct SlotId(pub u32);
 
 /// The free slots of one arena; clones share them.
 ///
-/// Fresh slots are handed out in ascending order; a slot that was given back is handed out again before any fresh one, the
-/// latest first, because its bytes are the likeliest to be in a cache.
+/// They are handed out round and round in ascending order, so that blocks which come one after the other lie side by side,
+/// also when the arena is full: what is evicted first was handed out first. Neighbours are copied together.
 #[derive(Debug, Clone)]
 pub struct SlotPool {
     shared: Arc<Shared>,
@@ -19,16 +19,20 @@ pub struct SlotPool {
 #[derive(Debug)]
 struct Shared {
     total: u32,
-    /// Copy of `State::free()`, written under the lock and read without it.
+    /// Copy of `State::free`, written under the lock and read without it.
     free: AtomicU32,
     state: Mutex<State>,
 }
 
-/// A slot is free exactly if it is in `returned` or not below `fresh`; `returned` holds no number twice.
 #[derive(Debug)]
 struct State {
-    fresh: u32,
-    returned: Vec<u32>,
+    free: u32,
+    /// One bit for each slot, set if it is free.
+    words: Vec<u64>,
+    /// One bit for each word that is not 0.
+    summary: Vec<u64>,
+    /// Where the search for the next slot begins.
+    next: u32,
 }
 
 /// The exclusive right to one slot, given back on drop.
@@ -44,24 +48,19 @@ pub struct SlotClaim {
 impl SlotPool {
     /// A pool of the slots 0 to `count - 1`, all free.
     pub fn new(count: u32) -> SlotPool {
-        let state = Mutex::new(State { fresh: 0, returned: Vec::new() });
+        let state = Mutex::new(State::all_free(count));
         SlotPool { shared: Arc::new(Shared { total: count, free: AtomicU32::new(count), state }) }
     }
 
     /// One free slot, or `None` if there is none.
     pub fn claim(&self) -> Option<SlotClaim> {
-        let id = self.shared.with(|state, total| state.take(total));
+        let id = self.shared.with(State::take);
         id.map(|id| self.claim_of(id))
     }
 
     /// Up to `n` free slots under one lock; fewer if fewer are free.
     pub fn claim_many(&self, n: usize) -> Vec<SlotClaim> {
-        let ids = self.shared.with(|state, total| {
-            let n = n.min(state.free(total) as usize);
-            let mut ids = Vec::with_capacity(n);
-            ids.extend((0..n).map_while(|_| state.take(total)));
-            ids
-        });
+        let ids: Vec<u32> = self.shared.with(|state| (0..n).map_while(|_| state.take()).collect());
         ids.into_iter().map(|id| self.claim_of(id)).collect()
     }
 
@@ -74,8 +73,7 @@ impl SlotPool {
                 own.push(claim.id.0);
             }
         }
-        // Reversed, because the last one in is the first one out: neighbours come back in ascending order.
-        self.shared.with(|state, _| state.returned.extend(own.into_iter().rev()));
+        self.shared.with(|state| own.into_iter().for_each(|id| state.give(id)));
     }
 
     /// Slots in all.
@@ -90,11 +88,13 @@ impl SlotPool {
 
     /// Length of the longest run of neighbouring free slots. Looks at every slot: for statistics.
     pub fn largest_free_run(&self) -> usize {
-        let (fresh, returned) = {
-            let state = self.shared.state.lock();
-            (state.fresh, state.returned.clone())
-        };
-        longest_run(self.shared.total, fresh, &returned)
+        let words = self.shared.state.lock().words.clone();
+        let (mut longest, mut run) = (0, 0);
+        for id in 0..self.total() {
+            run = if words[id / 64] >> (id % 64) & 1 == 1 { run + 1 } else { 0 };
+            longest = longest.max(run);
+        }
+        longest
     }
 
     fn claim_of(&self, id: u32) -> SlotClaim {
@@ -112,49 +112,69 @@ impl SlotClaim {
 impl Drop for SlotClaim {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.take() {
-            pool.with(|state, _| state.returned.push(self.id.0));
+            pool.with(|state| state.give(self.id.0));
         }
     }
 }
 
 impl Shared {
     /// Runs `change` under the lock and publishes the new free count before the lock is released.
-    fn with<T>(&self, change: impl FnOnce(&mut State, u32) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state.lock();
-        let out = change(&mut state, self.total);
-        self.free.store(state.free(self.total), Ordering::Relaxed);
+        let out = change(&mut state);
+        self.free.store(state.free, Ordering::Relaxed);
         out
     }
 }
 
 impl State {
-    fn free(&self, total: u32) -> u32 {
-        debug_assert!(self.returned.len() <= self.fresh as usize);
-        // `returned` holds distinct numbers below `fresh`, so its length fits.
-        total - self.fresh + self.returned.len() as u32
+    fn all_free(count: u32) -> State {
+        let words = bits(count as usize);
+        State { free: count, summary: bits(words.len()), words, next: 0 }
     }
 
-    fn take(&mut self, total: u32) -> Option<u32> {
-        if let Some(id) = self.returned.pop() {
-            return Some(id);
+    fn take(&mut self) -> Option<u32> {
+        let id = self.first_from(self.next).or_else(|| self.first_from(0))?;
+        let word = &mut self.words[id as usize / 64];
+        *word &= !(1 << (id % 64));
+        if *word == 0 {
+            self.summary[id as usize / 4096] &= !(1 << (id / 64 % 64));
         }
-        let id = self.fresh;
-        (id < total).then(|| {
-            self.fresh += 1;
-            id
-        })
+        (self.free, self.next) = (self.free - 1, id + 1);
+        Some(id)
+    }
+
+    fn give(&mut self, id: u32) {
+        let word = &mut self.words[id as usize / 64];
+        debug_assert!(*word >> (id % 64) & 1 == 0, "slot {id} is given back twice");
+        *word |= 1 << (id % 64);
+        self.summary[id as usize / 4096] |= 1 << (id / 64 % 64);
+        self.free += 1;
+    }
+
+    /// The first free slot that is not below `id`.
+    fn first_from(&self, id: u32) -> Option<u32> {
+        let (at, bit) = (id as usize / 64, id % 64);
+        let here = self.words.get(at)? >> bit << bit;
+        if here != 0 {
+            return Some(at as u32 * 64 + here.trailing_zeros());
+        }
+        let (mut group, bit) = ((at + 1) / 64, (at + 1) % 64);
+        let mut busy = self.summary.get(group)? >> bit << bit;
+        while busy == 0 {
+            group += 1;
+            busy = *self.summary.get(group)?;
+        }
+        let at = group * 64 + busy.trailing_zeros() as usize;
+        Some(at as u32 * 64 + self.words[at].trailing_zeros())
     }
 }
 
-fn longest_run(total: u32, fresh: u32, returned: &[u32]) -> usize {
-    let mut used = vec![true; fresh as usize];
-    for &id in returned {
-        used[id as usize] = false;
+/// Words with `count` bits that are set, and no others.
+fn bits(count: usize) -> Vec<u64> {
+    let mut words = vec![u64::MAX; count.div_ceil(64)];
+    if let Some(last) = words.last_mut().filter(|_| count % 64 != 0) {
+        *last = (1 << (count % 64)) - 1;
     }
-    let (mut longest, mut run) = (0, 0);
-    for &taken in &used {
-        run = if taken { 0 } else { run + 1 };
-        longest = longest.max(run);
-    }
-    longest.max(run + (total - fresh) as usize)
+    words
 }

@@ -118,19 +118,33 @@ fn a_claim_is_two_words() {
 }
 
 #[test]
-fn fresh_slots_ascend_and_returned_ones_come_first() {
+fn slots_go_round_in_ascending_order() {
     let pool = SlotPool::new(6);
     let ids = |claims: &[SlotClaim]| claims.iter().map(|claim| claim.id().0).collect::<Vec<_>>();
     let mut first = pool.claim_many(4);
     assert_eq!(ids(&first), [0, 1, 2, 3]);
     drop(first.remove(1));
-    assert_eq!(pool.claim().unwrap().id(), SlotId(1), "the latest returned");
-    pool.return_many(first);
-    assert_eq!((pool.free(), pool.largest_free_run()), (6, 6));
-    let all = pool.claim_many(100);
-    assert_eq!(ids(&all), [0, 2, 3, 1, 4, 5], "neighbours given back together come back together");
+    let next = pool.claim().unwrap();
+    assert_eq!(next.id(), SlotId(4), "what was given back comes when its turn comes");
+    pool.return_many(first.into_iter().rev().collect());
+    assert_eq!((pool.free(), pool.largest_free_run()), (5, 4));
+    let rest = pool.claim_many(100);
+    assert_eq!(ids(&rest), [5, 0, 1, 2, 3], "in whatever order they were given back");
     assert!(pool.claim().is_none() && pool.claim_many(1).is_empty());
     assert_eq!((pool.free(), pool.largest_free_run()), (0, 0));
+}
+
+#[test]
+fn a_free_slot_is_found_however_far_it_is() {
+    let pool = SlotPool::new(20_000);
+    let mut all = pool.claim_many(20_000);
+    for id in [19_999, 12_345, 4_096, 4_095, 64, 63, 0] {
+        let at = all.iter().position(|claim| claim.id().0 == id).unwrap();
+        drop(all.swap_remove(at));
+        let found = pool.claim().unwrap();
+        assert_eq!((found.id().0, pool.free()), (id, 0));
+        all.push(found);
+    }
 }
 
 #[test]
@@ -146,14 +160,19 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn slots_behave_like_a_set(ops in prop::collection::vec((0u8..4, 0usize..12), 1..120)) {
-        let pool = SlotPool::new(20);
+    fn slots_behave_like_a_set(
+        total in prop::sample::select(vec![20usize, 64, 65, 4160]),
+        ops in prop::collection::vec((0u8..4, 0usize..12), 1..120),
+    ) {
+        let pool = SlotPool::new(total as u32);
+        // Far from the start, where the round begins anew.
+        drop(pool.claim_many(total - total / 3));
         let mut held: Vec<SlotClaim> = Vec::new();
         for (op, n) in ops {
             match op {
                 0 => held.extend(pool.claim()),
                 1 => {
-                    let free = 20 - held.len();
+                    let free = total - held.len();
                     let claims = pool.claim_many(n);
                     prop_assert_eq!(claims.len(), n.min(free));
                     held.extend(claims);
@@ -163,8 +182,8 @@ proptest! {
             }
             let taken: HashSet<u32> = held.iter().map(|claim| claim.id().0).collect();
             prop_assert_eq!(taken.len(), held.len(), "no slot has two holders");
-            prop_assert_eq!(pool.free(), 20 - held.len());
-            let free: Vec<bool> = (0..20).map(|id| !taken.contains(&id)).collect();
+            prop_assert_eq!(pool.free(), total - held.len());
+            let free: Vec<bool> = (0..total as u32).map(|id| !taken.contains(&id)).collect();
             let longest = free.chunk_by(|a, b| a == b).filter(|run| run[0]).map(<[_]>::len).max();
             prop_assert_eq!(pool.largest_free_run(), longest.unwrap_or(0));
         }

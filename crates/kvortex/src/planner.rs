@@ -148,6 +148,8 @@ impl Planner {
         let reuse = victims.split_off(victims.len() - short.min(victims.len()));
         claims.extend(reuse);
         self.slots.return_many(victims);
+        // Neighbours among them follow each other, and are copied together.
+        claims.sort_unstable_by_key(SlotClaim::id);
         claims
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,11 @@ __all__ = ["LayerHooks"]
 MODES = ("NONE", "PIECEWISE")
 """Of CUDA graphs, in which attention and its hooks run outside of any."""
 
+FIRST_PART_BYTES = 4 << 20
+"""The first part is at least this large: the sooner it is there, the sooner the first layer is computed."""
+
 PART_BYTES = 32 << 20
-"""Parts are at least this large: each costs some calls of the driver, which a small load would feel."""
+"""What parts grow to, each twice the one before: each costs some calls of the driver, which a small load would feel."""
 
 
 class LayerHooks:
@@ -45,23 +49,26 @@ class LayerHooks:
         self._teaches = by_layers and not self._known
         return by_layers and len(self._known) > 1
 
-    def layers_together(self, blocks: int) -> int:
-        """How many layers make up one part of a load of ``blocks`` blocks."""
-        nbytes = blocks * self._ends[-1]
-        return min(len(self._ends), -(-PART_BYTES * len(self._ends) // nbytes))
+    def parts(self, blocks: int) -> list[int]:
+        """Layers at which the parts of a load of ``blocks`` blocks end."""
+        parts, start, least = [], 0, FIRST_PART_BYTES
+        for layer, end in enumerate(self._ends[:-1], 1):
+            if (end - start) * blocks >= least:
+                parts.append(layer)
+                start, least = end, min(2 * least, PART_BYTES)
+        return [*parts, len(self._ends)]
 
-    def ends(self, together: int) -> list[int]:
-        """Byte of a block at which each part of ``together`` layers ends."""
-        inner = self._ends[together - 1 :: together]
-        return inner if inner and inner[-1] == self._ends[-1] else [*inner, self._ends[-1]]
+    def ends(self, parts: Sequence[int]) -> list[int]:
+        """Byte of a block at which each of ``parts`` ends."""
+        return [self._ends[layer - 1] for layer in parts]
 
-    def split(self, parts: Parts, together: int) -> None:
-        """A load was started in these parts."""
-        started = _Split(parts, together)
-        self._split.append(started)
+    def split(self, started: Parts, parts: Sequence[int]) -> None:
+        """A load was started in ``parts``."""
+        load = _Split(started, parts)
+        self._split.append(load)
         for index in range(len(self._ends)):
             if index not in self._known:
-                started.hold(index)
+                load.hold(index)
 
     def computes(self, layer: str) -> None:
         """A layer is about to be computed: what it reads comes first."""
@@ -86,14 +93,14 @@ class LayerHooks:
 class _Split:
     """A load that is awaited in parts, each once."""
 
-    def __init__(self, parts: Parts, together: int) -> None:
-        self._parts, self._together = parts, together
+    def __init__(self, started: Parts, parts: Sequence[int]) -> None:
+        self._started, self._parts = started, parts
         self._held: set[int] = set()
 
     def hold(self, layer: int) -> None:
-        part = layer // self._together
+        part = bisect_right(self._parts, layer)
         if part not in self._held:
-            self._parts.hold(part)
+            self._started.hold(part)
             self._held.add(part)
 
 

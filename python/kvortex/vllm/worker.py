@@ -79,10 +79,10 @@ class WorkerSide:
         if hooks is None:
             self._mover.load(load.ticket, load.slots, blocks)
             return
-        together = hooks.layers_together(len(load.blocks))
-        parts = Parts(hooks.ends(together))
-        self._mover.load(load.ticket, load.slots, blocks, parts=parts)
-        hooks.split(parts, together)
+        parts = hooks.parts(len(load.blocks))
+        started = Parts(hooks.ends(parts))
+        self._mover.load(load.ticket, load.slots, blocks, parts=started)
+        hooks.split(started, parts)
 
     def computes(self, layer: str) -> None:
         """``layer`` is about to be computed. Raises if a load inside the step was left out."""

@@ -173,7 +173,7 @@ impl State {
 /// Words with `count` bits that are set, and no others.
 fn bits(count: usize) -> Vec<u64> {
     let mut words = vec![u64::MAX; count.div_ceil(64)];
-    if let Some(last) = words.last_mut().filter(|_| count % 64 != 0) {
+    if let Some(last) = words.last_mut().filter(|_| !count.is_multiple_of(64)) {
         *last = (1 << (count % 64)) - 1;
     }
     words

@@ -1,5 +1,7 @@
 //! Which copy engine serves an engine: the CPU alone, or the CPU and a GPU.
 
+use std::thread;
+
 use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, HostCopy};
 use kvortex_mem::device::Device;
@@ -12,6 +14,10 @@ use crate::namespace::Namespace;
 use crate::sync::Arc;
 #[cfg(not(shuttle))]
 use crate::tier::{Identity, disk::DiskTier};
+
+/// Threads that fill an arena with pages when it is made. With 4, 40 GiB of huge pages take 2.3 s, with 8 1.4 s, with 16 0.9 s
+/// (16 cores of a virtual machine, 2026-11).
+const TOUCH_THREADS: usize = 16;
 
 /// The device that `choice` names; `None` if it leaves that open and none can be used.
 ///
@@ -78,7 +84,7 @@ pub(crate) fn map_options(config: &EngineConfig, device: Option<&Arc<dyn Device>
         bytes: config.pool_bytes,
         huge_pages: config.huge_pages,
         numa_node: config.numa_node.or_else(|| device.and_then(|device| device.info().numa_node)),
-        touch_threads: config.threads,
+        touch_threads: thread::available_parallelism().map_or(1, usize::from).min(TOUCH_THREADS),
     }
 }
 

@@ -238,7 +238,8 @@ impl Pages {
         self
     }
 
-    /// The same pages, to be loaded when no other load is waiting, a little at a time. No stream waits for the end.
+    /// The same pages, to be copied a little at a time, so that nobody's copies have to wait long: loaded when no other load is
+    /// waiting, without any stream that waits for the end; stored at some less than full speed.
     #[must_use]
     pub fn in_background(mut self) -> Pages {
         self.order.background = true;

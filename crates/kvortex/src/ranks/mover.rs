@@ -217,7 +217,8 @@ impl RankMover {
             return Err(MemError::PagesMismatch { what: "blocks of a plan", expected, actual });
         }
         self.copies.reaches(pages.place())?;
-        let pages = if lane == Lane::Background { pages.in_background() } else { pages };
+        // The engine waits for loads inside its steps, and for nothing else.
+        let pages = if lane == Lane::Load { pages } else { pages.in_background() };
         let steps = (0..).zip(slots).map(|(page, &slot)| Step { slot, page }).collect();
         Transfer::new(direction, Arc::clone(&self.arena), steps, pages)
     }

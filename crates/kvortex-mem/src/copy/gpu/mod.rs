@@ -49,7 +49,8 @@ pub struct GpuOptions {
     pub flight_bytes: usize,
     /// The most of the first go, which the submitting thread sees to by itself.
     pub first_bytes: usize,
-    /// The most of one go of loads in the background, which others overtake between two goes.
+    /// The most of one go of loads in the background, which others overtake between two goes, and after how many bytes in the
+    /// background, stores too, the copy engine is left to others for a moment.
     pub background_bytes: usize,
 }
 

@@ -106,7 +106,8 @@ impl Pilot {
 
     fn task<'a>(&mut self, load: &Load<'a>) -> Task<'a> {
         let in_rows = is_pinned(load.transfer, self.device.info().ordinal);
-        let mut task = Task { transfer: load.transfer, steps: load.steps.clone(), method: Method::Dma, in_rows };
+        let piece = load.transfer.pages().order().background.then_some(self.options.background_bytes);
+        let mut task = Task { transfer: load.transfer, steps: load.steps.clone(), method: Method::Dma, in_rows, piece };
         let rates = match load.transfer.direction() {
             Direction::Store => self.profile.store,
             Direction::Load => self.profile.load,

@@ -105,6 +105,9 @@ pub(super) struct Task<'a> {
     pub(super) method: Method,
     /// Whether one copy takes slots that lie at equal distances: not where the driver has to pick up the bytes by itself.
     pub(super) in_rows: bool,
+    /// After how many bytes the copy engine is left to others for a moment, if at all. It goes on with a stream for as long as
+    /// that has copies, and the engine's own few bytes, the tokens of a step, would wait for gigabytes of a store.
+    pub(super) piece: Option<usize>,
 }
 
 /// What one launch or one staging buffer takes.
@@ -141,6 +144,11 @@ impl Task<'_> {
     pub(super) fn slot_role(&self) -> Role {
         if self.to_slots() { Role::Store } else { Role::Load }
     }
+
+    /// The stream of this direction that runs kernels only.
+    fn other_role(&self) -> Role {
+        if self.to_slots() { Role::Gather } else { Role::Scatter }
+    }
 }
 
 impl Program {
@@ -173,13 +181,31 @@ impl Program {
                 slot += len;
             });
         }
-        self.ops.extend(copies.ops(on, task.to_slots()));
+        if let Some(piece) = task.piece {
+            self.add_pieces(task, copies.pieces(piece), piece);
+        } else {
+            self.ops.extend(copies.ops(on, task.to_slots()));
+        }
+    }
+
+    /// Copies, between which the stream waits for another that waits for it: a moment without work after each `piece` bytes.
+    fn add_pieces(&mut self, task: &Task<'_>, copies: Copies, piece: usize) {
+        let (on, other) = (task.slot_role(), task.other_role());
+        let mut left = 0;
+        for copy in copies.found {
+            if copy.bytes > left {
+                self.ops.extend([Op::Order { first: on, then: other }, Op::Order { first: other, then: on }]);
+                left = piece;
+            }
+            left -= copy.bytes;
+            self.ops.push(copy.op(on, task.to_slots()));
+        }
     }
 
     fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
         let (page, slot) = (task.page_role(), task.slot_role());
         let mut groups = (0..0, Vec::new());
-        for cut in cuts(whole, halves.bytes) {
+        for cut in cuts(whole, task.piece.map_or(halves.bytes, |piece| piece.min(halves.bytes))) {
             if groups.0 != cut.bytes {
                 let all = Cut { steps: whole.steps.clone(), bytes: cut.bytes.clone() };
                 groups = (cut.bytes.clone(), self.write_groups(task, &all));
@@ -187,6 +213,9 @@ impl Program {
             let half = halves.next;
             halves.next ^= 1;
             let (first, last) = if task.to_slots() { (page, slot) } else { (slot, page) };
+            if task.piece.is_some() {
+                self.ops.push(Op::Order { first: last, then: first });
+            }
             self.ops.push(Op::Claim { on: first, half });
             if task.to_slots() {
                 self.add_launches(task, &cut, &groups.1, Some(halves.addrs[half]));
@@ -418,23 +447,36 @@ impl Copies {
         }
     }
 
+    /// The same, none longer than `piece` bytes.
+    fn pieces(self, piece: usize) -> Copies {
+        let cut = |copy: Stretch| {
+            (0..copy.bytes).step_by(piece).map(move |start| Stretch {
+                page: copy.page + start,
+                slot: copy.slot + start,
+                bytes: piece.min(copy.bytes - start),
+                ..copy
+            })
+        };
+        debug_assert!(!self.in_rows, "rows are not cut");
+        Copies { found: self.found.into_iter().flat_map(cut).collect(), in_rows: false }
+    }
+
     fn ops(self, on: Role, to_slots: bool) -> impl Iterator<Item = Op> {
-        self.found.into_iter().map(move |found| {
-            let Stretch { page, slot, bytes, rows, page_pitch, slot_pitch } = found;
-            let ((to, to_pitch), (from, from_pitch)) = if to_slots {
-                ((slot, slot_pitch), (page, page_pitch))
-            } else {
-                ((page, page_pitch), (slot, slot_pitch))
-            };
-            match rows {
-                1 => Op::Copy { on, to, from, bytes },
-                _ => Op::CopyRows { on, copy: CopyRows { to, to_pitch, from, from_pitch, bytes, rows } },
-            }
-        })
+        self.found.into_iter().map(move |found| found.op(on, to_slots))
     }
 }
 
 impl Stretch {
+    fn op(self, on: Role, to_slots: bool) -> Op {
+        let Stretch { page, slot, bytes, rows, page_pitch, slot_pitch } = self;
+        let ((to, to_pitch), (from, from_pitch)) =
+            if to_slots { ((slot, slot_pitch), (page, page_pitch)) } else { ((page, page_pitch), (slot, slot_pitch)) };
+        match rows {
+            1 => Op::Copy { on, to, from, bytes },
+            _ => Op::CopyRows { on, copy: CopyRows { to, to_pitch, from, from_pitch, bytes, rows } },
+        }
+    }
+
     fn continues(&mut self, page: usize, slot: usize, bytes: usize) -> bool {
         let joins = self.rows == 1 && self.page + self.bytes == page && self.slot + self.bytes == slot;
         self.bytes += if joins { bytes } else { 0 };

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use super::program::{Halves, Op, Program, Task};
 use super::*;
 use crate::arena::Arena;
 use crate::copy::suite::{DeviceWorld, World, conforms_in};
@@ -137,7 +138,9 @@ fn a_store_waits_for_the_compute_before_it_and_not_for_the_compute_behind_a_fenc
         let bench = Bench::new(seed, options(method));
         let (raw, value) = (bench.stream.raw(), seed as u8 + 1);
         bench.compute(value);
-        bench.engine.submit(bench.transfer(Direction::Store, bench.pages().in_stream(raw)), ignored()).unwrap();
+        let pages = bench.pages().in_stream(raw);
+        let pages = if seed % 2 == 0 { pages } else { pages.in_background() };
+        bench.engine.submit(bench.transfer(Direction::Store, pages), ignored()).unwrap();
         bench.engine.fence(raw, &bench.pages()).unwrap();
         bench.compute(0xEE);
         assert!(bench.engine.stop(Duration::from_secs(60)));
@@ -236,6 +239,47 @@ fn the_same_bytes_of_neighbouring_slots_are_one_copy() {
         assert!(before == after, "seed {seed}: other bytes came back");
         bench.check();
     }
+}
+
+/// The most bytes that the copy engine is given without a moment in which it has to wait for another stream.
+fn most_at_once(bench: &Bench, direction: Direction, method: Method, piece: Option<usize>) -> usize {
+    let transfer = bench.transfer(direction, bench.pages());
+    let task = Task { transfer: &transfer, steps: 0..PAGES, method, in_rows: method == Method::Staged, piece };
+    let (slot, mut program) = (task.slot_role(), Program::default());
+    let halves = Halves { addrs: [1 << 20, 2 << 20], bytes: 128 << 10, next: 0 };
+    program.add(&task, &[0..PAGE / 3, PAGE / 3..PAGE], false, &mut { halves });
+    // How many copies a stream knows to have ended.
+    let (mut known, mut copies, mut at_once, mut most) = ([0; 4], 0, 0, 0);
+    for op in &program.ops {
+        let bytes = match *op {
+            Op::Order { first, then } => {
+                let ended = if first == slot { copies } else { known[first as usize] };
+                known[then as usize] = ended.max(known[then as usize]);
+                continue;
+            }
+            Op::Copy { on, bytes, .. } if on == slot => bytes,
+            Op::CopyRows { on, ref copy } if on == slot => copy.bytes * copy.rows,
+            _ => continue,
+        };
+        at_once = if known[slot as usize] == copies { bytes } else { at_once + bytes };
+        (copies, most) = (copies + 1, most.max(at_once));
+    }
+    most
+}
+
+#[test]
+fn copies_in_the_background_leave_the_copy_engine_to_others() {
+    let bench = Bench::new(4, options(None));
+    for direction in [Direction::Store, Direction::Load] {
+        for method in [Method::Dma, Method::Staged] {
+            for piece in [8 << 10, 40 << 10, 64 << 10] {
+                let most = most_at_once(&bench, direction, method, Some(piece));
+                assert!((piece / 2..=piece).contains(&most), "{direction:?}, {method:?}: {most} of {piece}");
+            }
+        }
+        assert_eq!(most_at_once(&bench, direction, Method::Dma, None), PAGES * PAGE);
+    }
+    bench.check();
 }
 
 #[test]

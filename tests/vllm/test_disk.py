@@ -15,6 +15,7 @@ import pytest
 from conftest import OLD
 
 RUN = Path(__file__).parent / "disk_run.py"
+NATIVE = Path(__file__).parent / "native_disk.py"
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONHASHSEED": "0"}
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONHASHSEED": "0"}
 
@@ -28,11 +29,16 @@ ALL_TOKENS = 576 + 160 + 32
 def life(model, folder, tmp_path, environment=ONE_PROCESS, **options):
     """One engine from its start until it is killed: what it found, and what it said."""
     extra = {"disk_paths": [str(folder)], "disk_size_bytes": "64MiB", "disk_read_deadline_ms": 20_000}
-    given = {"prompts": PROMPTS, **options, "extra": {**extra, **options.get("extra", {})}}
+    return live(RUN, model, tmp_path, environment, {**options, "extra": {**extra, **options.get("extra", {})}})
+
+
+def live(script, model, tmp_path, environment, options):
+    """Runs a script until it has said what it found, and kills it then."""
+    given = {"prompts": PROMPTS, **options}
     log = tmp_path / f"life-{time.monotonic_ns()}.log"
     with open(log, "w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            [sys.executable, str(RUN), str(model), json.dumps(given)],
+            [sys.executable, str(script), str(model), json.dumps(given)],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -92,6 +98,27 @@ def test_spoiled_files_are_misses(weights_folder, tmp_path, how):
     # What was computed anew is kept anew.
     last, _ = life(weights_folder, tmp_path / "kv", tmp_path)
     assert (answers(last), cached(last)) == (answers(first), CACHED)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(OLD, reason="0.15.1 has no tier below its host memory")
+def test_the_native_tier_serves_zeroes_where_ours_misses(weights_folder, tmp_path):
+    """On the same prompts, each with every byte of its blocks zeroed between two lives of the engine."""
+    ours, _ = life(weights_folder, tmp_path / "ours", tmp_path)
+    native, _ = live(NATIVE, weights_folder, tmp_path, ONE_PROCESS, {"folder": str(tmp_path / "native")})
+    assert answers(native) == answers(ours)
+    disk_files.zero(tmp_path / "ours")
+    blocks = list((tmp_path / "native").rglob("*.bin"))
+    assert len(blocks) >= sum(CACHED.values()) // 32
+    for path in blocks:
+        path.write_bytes(bytes(path.stat().st_size))
+    ours_again, _ = life(weights_folder, tmp_path / "ours", tmp_path)
+    native_again, _ = live(NATIVE, weights_folder, tmp_path, ONE_PROCESS, {"folder": str(tmp_path / "native")})
+    print("\nours:", cached(ours_again), answers(ours_again) == answers(ours))
+    print("native:", cached(native_again), answers(native_again) == answers(native))
+    assert (answers(ours_again), cached(ours_again)) == (answers(ours), {"long": 0, "short": 0})
+    assert cached(native_again)["long"] > 0
+    assert answers(native_again)["long"] != answers(native)["long"], "wrong tokens, and nobody was told"
 
 
 @pytest.mark.timeout(600)

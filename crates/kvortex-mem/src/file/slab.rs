@@ -54,7 +54,7 @@ impl SlabOptions {
     /// Opens the folder.
     fn enter(&self) -> io::Result<OwnedFd> {
         let named = |path: &OsStr| CString::new(path.as_bytes()).map_err(io::Error::from);
-        let enter = |at: Option<BorrowedFd<'_>>, path: &OsStr| enter(&*self.sys, at, &*named(path)?, self.create);
+        let enter = |at: Option<BorrowedFd<'_>>, path: &OsStr| enter(&*self.sys, at, &named(path)?, self.create);
         match (self.folder.parent(), self.folder.file_name()) {
             (Some(parent), Some(name)) if self.nested => {
                 let parent = enter(None, parent.as_os_str())?;

@@ -258,3 +258,6 @@ impl Below {
 
 /// The keys of a promotion, taken along.
 type Packed = Vec<[u8; KEY_BYTES]>;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests;

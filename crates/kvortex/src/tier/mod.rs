@@ -22,6 +22,8 @@
 #[cfg(not(shuttle))]
 pub mod disk;
 pub mod host;
+#[cfg(not(shuttle))]
+pub mod rows;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod suite;
 

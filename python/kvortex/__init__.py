@@ -6,6 +6,7 @@ is in ``kvortex.transformers``.
 
 from kvortex._core import (
     Block,
+    BlockGroups,
     BlockMask,
     CapacityError,
     ClosedError,
@@ -50,6 +51,7 @@ from kvortex.config import KVortexConfig
 
 __all__ = [
     "Block",
+    "BlockGroups",
     "BlockMask",
     "CapacityError",
     "ClosedError",

@@ -7,12 +7,15 @@
 //! every rank that stores has it.
 
 mod board;
+mod groups;
+mod hybrid;
 mod mover;
 mod planner;
 mod rows;
 mod ticket;
 
 pub use board::{RankBoard, Seat};
+pub use groups::{Group, Groups};
 pub use kvortex_mem::copy::gpu::Lane;
 pub use mover::RankMover;
 pub use planner::{RankPlanner, Stored};

@@ -762,10 +762,10 @@ class RankPlanner:
         """Leases the longest prefix that is there."""
 
     def lease_groups(self, groups: BlockGroups, hashes: _Keys, first: int, most: int) -> tuple[int, Lease]:
-        """The blocks of the longest hit of all groups, 0 for none, and a lease on what it needs beyond ``first`` blocks.
+        """The blocks of the longest hit of all groups, 0 for none, and a lease on what it needs beyond ``first``.
 
-        ``hashes`` name the blocks from ``first`` on; a hit has at most ``most``. The lease has block after block, of each
-        the groups in order.
+        ``hashes`` name the blocks from ``first`` on; a hit has at most ``most``. The lease has block after block, of
+        each the groups in order.
         """
 
     def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:

@@ -90,15 +90,16 @@ REFUSED |= {
     "contexts": ({}, {"decode_context_parallel_size": 2}, "KVortex does not serve decode context parallelism"),
     "prompts": ({}, {"prefill_context_parallel_size": 2}, "KVortex does not serve prefill context parallelism"),
     "hosts": ({}, {"nnodes": 2}, "KVortex does not serve tensor parallelism over several hosts"),
-    "groups": ({}, {}, "the model has 2 KV-cache groups and KVortex keeps one: start vLLM with --disable-hybrid"),
+    "groups": ({}, {}, "the KV-cache groups have blocks of 16 and 32 tokens, and KVortex keeps blocks of one size"),
 }
 if OLD:
+    REFUSED["groups"] = ({}, {}, "the model has 2 KV-cache groups and KVortex keeps one of this vLLM: start it with")
     REFUSED["sleep"] = ({}, {"enable_sleep_mode": True}, "leave --enable-sleep-mode out, or use a later vLLM")
 else:
     REFUSED["experts"] = ({}, {"enable_elastic_ep": True}, "KVortex does not serve elastic expert parallelism")
 
 REFUSE = """
-import copy, json, sys
+import copy, dataclasses, json, sys
 sys.path.insert(0, sys.argv[1])
 import vllm
 if vllm.__version__.startswith("0.15"):
@@ -120,7 +121,9 @@ for what, (transfer, args) in json.loads(sys.argv[3]).items():
         object.__setattr__(place, name, value)
     caches = kv_cache_config(40)
     if what == "groups":
-        caches.kv_cache_groups *= 2
+        (group,) = caches.kv_cache_groups
+        larger = dataclasses.replace(group.kv_cache_spec, block_size=32)
+        caches.kv_cache_groups.append(dataclasses.replace(group, kv_cache_spec=larger))
     try:
         KVortexConnector(config, KVConnectorRole.SCHEDULER, caches)
     except Exception as error:

@@ -171,7 +171,28 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
 
     Raises LayoutError for tensors that do not fit ``layout``.
     """
-    views: dict[Place, torch.Tensor] = {}
+    views = _layer_views(layout, kv_caches, vllm_config)
+    largest = max(layout.groups, key=lambda group: sum(page_bytes(layout.layers[name]) for name in group.layers))
+    places = {_place(view): view for name, view in views.items() if name in largest.layers}
+    blocks = _whole_blocks(list(places.values()))
+    for name, view in views.items():
+        if _place(view) not in places and not (len(blocks) == 1 and _is_inside(view, blocks[0])):
+            raise kvortex.LayoutError(
+                f"layer {name} does not lie in the blocks that it shares with layers of other groups: "
+                "start vLLM with --disable-hybrid-kv-cache-manager"
+            )
+    cache = PagedCache([_raw(view) for view in blocks])
+    if cache.block_size_bytes != layout.block_size_bytes:
+        raise kvortex.LayoutError(
+            f"the registered tensors have {cache.block_size_bytes} bytes a block, "
+            f"the KV-cache specification {layout.block_size_bytes}"
+        )
+    return cache
+
+
+def _layer_views(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, torch.Tensor]:
+    """Each layer's part of the blocks. Layers that only share another one's cache are left out."""
+    views: dict[str, torch.Tensor] = {}
     for name, tensor in kv_caches.items():
         spec = layout.layers.get(name)
         if not isinstance(tensor, torch.Tensor):
@@ -180,15 +201,8 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
             continue
         if spec is None:
             raise kvortex.LayoutError(f"layer {name} has a cache that the KV-cache configuration does not name")
-        view = _in_order_of_memory(_block_view(name, tensor, spec, layout.num_blocks, vllm_config))
-        views.setdefault(_place(view), view)
-    cache = PagedCache([_raw(view) for view in _whole_blocks(list(views.values()))])
-    if cache.block_size_bytes != layout.block_size_bytes:
-        raise kvortex.LayoutError(
-            f"the registered tensors have {cache.block_size_bytes} bytes a block, "
-            f"the KV-cache specification {layout.block_size_bytes}"
-        )
-    return cache
+        views[name] = _in_order_of_memory(_block_view(name, tensor, spec, layout.num_blocks, vllm_config))
+    return views
 
 
 def layer_hooks(layout: CacheLayout, kv_caches: Mapping[str, Any], cache: PagedCache) -> LayerHooks | None:
@@ -296,6 +310,15 @@ def _whole_blocks(views: list[torch.Tensor]) -> list[torch.Tensor]:
         return views
     whole = torch.empty(0, dtype=torch.uint8, device=first.device)
     return [whole.set_(storage, first.data_ptr() - storage.data_ptr(), (first.shape[0], stride), (stride, 1))]
+
+
+def _is_inside(view: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether block for block a layer's bytes are among those of whole blocks."""
+    start, size = view.data_ptr() - whole.data_ptr(), view.element_size()
+    if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or start < 0:
+        return False
+    last = sum((length - 1) * stride for length, stride in zip(view.shape[1:], view.stride()[1:], strict=True))
+    return view.stride(0) * size == whole.stride(0) and start + (last + 1) * size <= whole.stride(0)
 
 
 def _fill(views: list[torch.Tensor], start: int, stride: int) -> bool:

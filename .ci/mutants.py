@@ -150,6 +150,24 @@ DEFECTS = [
         "(told == (TITLE, identity) && lines.next().is_none())",
         "(told.0 == TITLE && lines.next().is_none())",
     ),
+    Defect(
+        "a window is taken for a token shorter than it is",
+        "crates/kvortex/src/ranks/groups.rs",
+        "(blocks * self.block_tokens + 1).saturating_sub(window)",
+        "(blocks * self.block_tokens + 2).saturating_sub(window)",
+    ),
+    Defect(
+        "a hit ends behind a hole of a window",
+        "crates/kvortex/src/ranks/hybrid.rs",
+        "hit = (start + hole).saturating_sub(self.ahead).max(self.first);",
+        "hit = (start + hole + 1).saturating_sub(self.ahead).min(hit - 1).max(self.first);",
+    ),
+    Defect(
+        "all groups have the same keys",
+        "crates/kvortex/src/ranks/groups.rs",
+        "if group == 0 {",
+        "if group < 99 {",
+    ),
 ]
 
 

@@ -43,6 +43,8 @@ class Shape:
     counts: tuple[int, ...]
     pools: tuple[int, ...]
     """Numbers of blocks that an engine may have."""
+    drafter: int | None = None
+    """The group of a drafter's layers: what they keep of a position depends on the next token too."""
 
     @property
     def places(self):
@@ -64,6 +66,7 @@ SHAPES = {
     "equal groups": Shape((0, 32), (3, 3), (48, 60, 84)),
     "five to one": Shape((0, 48, 48, 48, 48, 48), (2,) * 6, (110, 130, 170)),
     "uneven": Shape((0, 41, 66), (3, 3, 2), (64, 80, 110)),
+    "with a drafter": Shape((0, 48, 0), (2, 2, 1), (70, 90, 120), drafter=2),
 }
 """A window of 66 tokens reaches into a block by one token; its group has fewer layers than the others."""
 

@@ -345,6 +345,10 @@ def promises_what_one_group_has(run, monkeypatch):
     monkeypatch.setattr(run.tables, "targets", lambda *rest: targets(*rest)[: room[0]])
 
 
+def stores_before_the_token_behind_is_certain(run, monkeypatch):
+    monkeypatch.setattr(run.scheduler.connector._scheduler, "_behind", lambda tracked, tokens: 0)
+
+
 def forgets_which_requests_failed(run, monkeypatch):
     monkeypatch.setattr(run.side, "take_failed", list)
 
@@ -356,6 +360,7 @@ PLANTED_IN_GROUPS = {
     "begins windows a token late": (reads_windows_of(1), "uneven", {}),
     "loads into the blocks of another group": (loads_into_the_blocks_of_another_group, "five to one", {}),
     "promises what one group has": (promises_what_one_group_has, "uneven", {}),
+    "stores a drafter's end too early": (stores_before_the_token_behind_is_certain, "with a drafter", {}),
     "forgets which requests failed": (forgets_which_requests_failed, "equal groups", MODES["async"]),
 }
 

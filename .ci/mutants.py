@@ -157,10 +157,10 @@ DEFECTS = [
         "(blocks * self.block_tokens + 2).saturating_sub(window)",
     ),
     Defect(
-        "a hit ends behind a hole of a window",
+        "a hit needs only the last block of a window",
         "crates/kvortex/src/ranks/hybrid.rs",
-        "hit = (start + hole).saturating_sub(self.ahead).max(self.first);",
-        "hit = (start + hole + 1).saturating_sub(self.ahead).min(hit - 1).max(self.first);",
+        "let start = self.groups.first_read(self.group, hit).max(self.first);",
+        "let start = self.groups.first_read(self.group, hit).max(self.first).max(hit - 1);",
     ),
     Defect(
         "all groups have the same keys",

@@ -39,6 +39,7 @@ class Tables:
         self._block_tokens = block_tokens
         self._count = len(groups)
         self._windows = [(index, group.window) for index, group in enumerate(groups) if group.window]
+        self._narrowest = min((window for _, window in self._windows), default=0)
         ahead = [index for index, group in enumerate(groups) if group.looks_ahead]
         self.ahead = len(ahead) > 0
         """Whether a block is good only together with the token behind it."""
@@ -86,10 +87,11 @@ class Tables:
         What is outside of a window by then, vLLM may have given to others in this very step.
         """
         count, kept = self._count, blocks[first * self._count : end * self._count]
-        for index, window in self._windows:
-            gone = min(max(0, computed + 1 - window) // self._block_tokens, end) - first
-            if gone > 0:
-                kept[index : gone * count : count] = [0] * gone
+        if self._narrowest and computed + 1 - self._narrowest >= (first + 1) * self._block_tokens:
+            for index, window in self._windows:
+                gone = min(max(0, computed + 1 - window) // self._block_tokens, end) - first
+                if gone > 0:
+                    kept[index : gone * count : count] = [0] * gone
         return kept
 
     def plan_store(self, planner: RankPlanner, hashes: bytes, blocks: array[int]) -> Store | None:

@@ -150,6 +150,24 @@ DEFECTS = [
         "(told == (TITLE, identity) && lines.next().is_none())",
         "(told.0 == TITLE && lines.next().is_none())",
     ),
+    Defect(
+        "a window is taken for a token shorter than it is",
+        "crates/kvortex/src/ranks/groups.rs",
+        "(blocks * self.block_tokens + 1).saturating_sub(window)",
+        "(blocks * self.block_tokens + 2).saturating_sub(window)",
+    ),
+    Defect(
+        "a hit needs only the last block of a window",
+        "crates/kvortex/src/ranks/hybrid.rs",
+        "let start = self.groups.first_read(self.group, hit).max(self.first);",
+        "let start = self.groups.first_read(self.group, hit).max(self.first).max(hit - 1);",
+    ),
+    Defect(
+        "all groups have the same keys",
+        "crates/kvortex/src/ranks/groups.rs",
+        "if group == 0 {",
+        "if group < 99 {",
+    ),
 ]
 
 

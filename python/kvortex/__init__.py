@@ -6,6 +6,7 @@ is in ``kvortex.transformers``.
 
 from kvortex._core import (
     Block,
+    BlockGroups,
     BlockMask,
     CapacityError,
     ClosedError,
@@ -51,6 +52,7 @@ from kvortex.config import KVortexConfig
 
 __all__ = [
     "Block",
+    "BlockGroups",
     "BlockMask",
     "CapacityError",
     "ClosedError",

@@ -12,6 +12,7 @@ from kvortex.config import KVortexConfig
 
 __all__ = [
     "Block",
+    "BlockGroups",
     "BlockMask",
     "CapacityError",
     "ClosedError",
@@ -703,6 +704,25 @@ class PinnedBuffer(HostView):
         """Gives the memory back now. Raises DoubleFreeError the second time, InvalidArgumentError while views exist."""
 
 @final
+class BlockGroups:
+    """Groups of layers that an engine gives blocks of their own, all with the same number of tokens.
+
+    Args:
+        block_tokens: tokens of a block.
+        windows: for each group, how many tokens a token sees, itself among them; 0 for all.
+        look_ahead: the groups whose last position of a block holds something of the token behind it.
+    """
+
+    def __new__(cls, block_tokens: int, windows: Sequence[int], look_ahead: Sequence[int] = ()) -> Self: ...
+    def keys(self, group: int, hashes: _Keys) -> bytes:
+        """The packed keys of a group's blocks, which the engine names ``hashes``."""
+
+    def first_read(self, group: int, blocks: int) -> int:
+        """The first block of a group that the tokens behind ``blocks`` blocks still read."""
+
+    def __len__(self) -> int: ...
+
+@final
 class RankPlanner:
     """Decides what the ranks of one engine load and store, in this process or in others.
 
@@ -746,6 +766,13 @@ class RankPlanner:
     def lease_prefix(self, keys: _Keys) -> Lease:
         """Leases the longest prefix that is there."""
 
+    def lease_groups(self, groups: BlockGroups, hashes: _Keys, first: int, most: int) -> tuple[int, Lease]:
+        """The blocks of the longest hit of all groups, 0 for none, and a lease on what it needs beyond ``first``.
+
+        ``hashes`` name the blocks from ``first`` on; a hit has at most ``most``. The lease has block after block, of
+        each the groups in order.
+        """
+
     def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:
         """Plans to load the blocks of ``lease``, which is used up: ticket, and packed slots of 32 bits."""
 
@@ -753,6 +780,14 @@ class RankPlanner:
         """Plans to store what is not there: ticket, packed positions among ``keys``, packed slots. None for nothing.
 
         The blocks become visible once the loads ``rests_on``, and all loads inside steps, have succeeded as well.
+        """
+
+    def plan_store_groups(
+        self, groups: BlockGroups, hashes: _Keys, blocks: bytes, rests_on: Sequence[int] = ()
+    ) -> tuple[int, bytes, bytes] | None:
+        """As ``plan_store``, with one packed block of each group for each of ``hashes``, where 0 is none.
+
+        Returns the ticket, the packed blocks to be stored, and their packed slots.
         """
 
     def poll(self) -> list[tuple[int, bool]]:

@@ -58,6 +58,36 @@ LLAMA = {
 }
 
 
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_size": 128,
+    "num_hidden_layers": 12,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 2,
+    "sliding_window": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "intermediate_size": 256,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "initializer_range": 0.12,
+}
+
+
+def with_random_weights(folder):
+    """Gives the configuration in ``folder`` random weights, so large that tokens depend on every key and value."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A model of one file: its configuration."""
@@ -68,15 +98,18 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights_folder(model_folder, tmp_path_factory):
-    """A small model with random weights so large that its tokens depend on every key and value."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """A small model of one kind of attention."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder)).float()
-    model.save_pretrained(folder)
-    return folder
+    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    return with_random_weights(folder)
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory):
+    """A small model with five layers of sliding windows for each one that sees everything."""
+    folder = tmp_path_factory.mktemp("gemma")
+    (folder / "config.json").write_text(json.dumps(GEMMA), encoding="utf-8")
+    return with_random_weights(folder)
 
 
 class RealModel(NamedTuple):

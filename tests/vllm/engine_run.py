@@ -98,8 +98,9 @@ def main(model, options):
     if engine.runner is not None and not OLD:
         found["after pause"] = paused(engine, prompt)
     if engine.runner is not None and not options.get("multi"):
-        engine.drop()
-        found["corrupted"] = corrupted(engine, prompt)
+        for what, part in {"corrupted": slice(None), "last corrupted": slice(-1, None)}.items():
+            engine.drop()
+            found[what] = corrupted(engine, prompt, part)
     print("\nFOUND " + json.dumps(found), flush=True)
 
 
@@ -130,15 +131,17 @@ def paused(engine, prompt):
     return engine.ask(prompt)
 
 
-def corrupted(engine, prompt):
-    """The control: noise instead of what was loaded must give other tokens, or nothing above proves anything."""
+def corrupted(engine, prompt, part):
+    """The control: noise instead of what was loaded must give other tokens, or nothing above proves anything. So must
+    noise in the last block alone, which with several groups is one of a sliding window.
+    """
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     side = get_kv_transfer_group()._worker
     load = side.load
 
     def spoiled(forward_context=None):
-        ids = [block for one in side._step.loads for block in one.blocks]
+        ids = [block for one in side._step.loads for block in one.blocks[part]]
         load(forward_context)
         for cache in engine.runner.kv_caches:
             dim = next(dim for dim, size in enumerate(cache.shape) if size == side._cache.num_blocks)
@@ -146,7 +149,10 @@ def corrupted(engine, prompt):
                 cache.index_fill_(dim, torch.tensor(ids), 0.5 if cache.is_floating_point() else 60)
 
     side.load = spoiled
-    return engine.ask(prompt)
+    try:
+        return engine.ask(prompt)
+    finally:
+        side.load = load
 
 
 if __name__ == "__main__":

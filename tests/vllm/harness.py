@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from rote import BLOCK, HEADS, LAYER_BYTES, LAYERS, LONGEST, NEW, SIZE, Tracked, Wrong, kv_tensors, words_of
+from rote import BLOCK, HEADS, LAYER_BYTES, LONGEST, NEW, SHAPES, SIZE, Tracked, Wrong, kv_tensors, words_of
 from runner import FITTING, ORDERS, ModelRunner
 from streams import LOAD, Device, Faults, Parts, StreamMover
 from vllm.config import KVTransferConfig
@@ -29,7 +29,13 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -54,6 +60,9 @@ class Options:
     load_failures: float = 0.0
     store_failures: float = 0.0
     layout: str = "NHD"
+    shape: str = "one group"
+    late: float = 0.0
+    """How often nothing is kept in a step, as before all ranks are there."""
 
 
 @dataclass
@@ -73,6 +82,8 @@ class Counts:
     background: int = 0
     failed_loads: int = 0
     full_graphs: int = 0
+    passed: int = 0
+    """Steps and groups in which a window had left positions behind."""
     waited: int = 0
     """Copies that were enqueued before what they must come after had happened."""
     furthest_behind: int = 0
@@ -116,18 +127,21 @@ def vllm_config(model, options):
     return config
 
 
-def kv_cache_config(blocks):
-    """One group of layers."""
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32)
-    page = spec.page_size_bytes
+def kv_cache_config(blocks, shape=SHAPES["one group"]):
+    """The groups of a shape."""
+    page, groups = LAYER_BYTES, []
+    for group, window in enumerate(shape.windows):
+        names = [layer.name for layer in shape.layers if layer.group == group]
+        kind, more = (SlidingWindowSpec, {"sliding_window": window}) if window else (FullAttentionSpec, {})
+        spec = kind(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32, **more)
+        groups.append(KVCacheGroupSpec(names, spec, **({"is_eagle_group": True} if group == shape.drafter else {})))
+    size = page * blocks
     if NEW:
-        size = page * blocks
-        tensors = [KVCacheTensor(size=size * len(LAYERS), layers=list(LAYERS), layer_stride=size, block_stride=page)]
+        more = {"size": size * shape.places, "layer_stride": size, "block_stride": page}
+        tensors = [KVCacheTensor(layers=list(group.layer_names), **more) for group in groups]
     else:
-        tensors = [KVCacheTensor(size=page * blocks, shared_by=[layer]) for layer in LAYERS]
-    return KVCacheConfig(
-        num_blocks=blocks, kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)]
-    )
+        tensors = [KVCacheTensor(size=size, shared_by=[layer.name]) for layer in shape.layers]
+    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=tensors, kv_cache_groups=groups)
 
 
 def make_request(name, tokens, new_tokens, salt=None):
@@ -152,25 +166,26 @@ class Run:
         self.options, self.counts = options, Counts()
         self.order = ORDERS[options.order]
         self.rng = random.Random(str(options))
-        self.blocks, self.slots = self.rng.choice((36, 44, 60)), self.rng.choice((30, 60, 120))
+        self.shape = SHAPES[options.shape]
+        self.blocks, self.slots = self.rng.choice(self.shape.pools), self.rng.choice((30, 60, 120))
         self.part_bytes = self.rng.choice((1, 4 * LAYER_BYTES))
         """With the second, loads of few blocks have several layers in a part."""
         self.device = Device(self.rng)
         self.lag, self.unread = self.order.ahead, []
         self.requests: dict[str, Tracked] = {}
-        self.everything: dict[bytes, np.ndarray] = {}
-        """The numbers of every named block's positions."""
+        self.everything: dict[bytes, tuple[np.ndarray, set[int]]] = {}
+        """The numbers of every named block's positions, and of those that have come behind it."""
         documents = np.random.default_rng(options.seed)
         self.documents = [documents.integers(0, 50000, 320).tolist() for _ in range(4)]
         self._configure(config or vllm_config(model, options))
-        caches = kv_cache_config(self.blocks)
+        caches = kv_cache_config(self.blocks, self.shape)
         self.scheduler = (AsyncScheduler if self.lag else Scheduler)(
             vllm_config=self.config,
             kv_cache_config=caches,
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=BLOCK,
         )
-        self.planner = self.scheduler.connector._scheduler._planner
+        self._watch(self.scheduler.connector._scheduler)
         self._make_worker(caches)
 
     def _configure(self, config):
@@ -180,14 +195,22 @@ class Run:
             init_none_hash(HASH)
         config.kv_transfer_config.engine_id = f"harness-{os.getpid()}-{id(self)}"
         extra = config.kv_transfer_config.kv_connector_extra_config
-        extra.update(load_mode=options.load_mode, cpu_pool_size_bytes=self.slots * 4096)
-        settings.SMALL_LOAD_BYTES = 3 * LAYER_BYTES * len(LAYERS)
+        slots = self.slots * len(self.shape.windows)
+        extra.update(load_mode=options.load_mode, cpu_pool_size_bytes=slots * 4096)
+        settings.SMALL_LOAD_BYTES = 3 * LAYER_BYTES * self.shape.places * len(self.shape.windows)
         config.cache_config.num_gpu_blocks = self.blocks
+
+    def _watch(self, side):
+        """Reaches into the scheduler's side."""
+        self.planner, self.tables, self.groups = side._planner, side._tables, side._tables._groups
+        if self.options.late:
+            plan = side._plan_store
+            side._plan_store = lambda full: None if self.rng.random() < self.options.late else plan(full)
 
     def _make_worker(self, caches):
         options = self.options
         self.connector = KVortexConnector(self.config, KVConnectorRole.WORKER, caches)
-        registered, views = kv_tensors(self.blocks, options.layout)
+        registered, views = kv_tensors(self.blocks, options.layout, self.shape)
         with mock.patch.object(connectors, "_rank", return_value=0):
             self.connector.register_kv_caches(registered)
         self.side = self.connector._worker
@@ -198,13 +221,11 @@ class Run:
         scratch = (self.scratch, self.scratch_views)
         self.mover = StreamMover(self.side._mover, self.device, views, scratch, faults, self.counts)
         self.side._mover = self.mover
-        self.worker = ModelRunner(
-            self.connector, views, self.device, self.mover, self.order, self.counts, self.requests
-        )
+        self.worker = ModelRunner(self.connector, self.shape, self.mover, self.order, self.counts, self.requests)
 
     def _make_scratch(self):
         """As many blocks in host memory that no engine uses, of the same layout."""
-        registered, views = kv_tensors(self.blocks, self.options.layout)
+        registered, views = kv_tensors(self.blocks, self.options.layout, self.shape)
         return layouts.paged_cache(self.connector._layout, registered, self.config), views
 
     def go(self):
@@ -288,6 +309,7 @@ class Run:
     def step(self):
         """The scheduler schedules, the worker executes, the scheduler learns what came of it."""
         out = self.scheduler.schedule()
+        self._check_plans(out.kv_connector_metadata)
         requests = self.scheduler.requests
         if NEW:
             out.samples = {name: not requests[name].is_prefill_chunk for name in out.num_scheduled_tokens}
@@ -302,6 +324,12 @@ class Run:
             self._read(*self.unread.pop(0))
         self._note()
 
+    @staticmethod
+    def _check_plans(plans):
+        copies = [*plans.loads, *([plans.store] if plans.store else [])]
+        if any(0 in copy.blocks for copy in copies):
+            raise Wrong("the null block, which is nobody's, is in a plan")
+
     def _read(self, out, output, computed):
         """The scheduler learns what came of a step. An engine waits for its tokens; here they are known, so that the
         device may fall further behind than it could.
@@ -315,8 +343,9 @@ class Run:
             request = tracked.request
             assert request.all_token_ids[-1] == tracked.token(request.num_tokens - 1), f"{name} was given a wrong token"
             for i in range(tracked.named, len(request.block_hashes)):
-                chain = tracked.chain((i + 1) * BLOCK)
-                self.everything.setdefault(bytes(request.block_hashes[i]), chain[i * BLOCK :])
+                *chain, behind = tracked.chain((i + 1) * BLOCK + 1)[i * BLOCK :]
+                _, seen = self.everything.setdefault(bytes(request.block_hashes[i]), (np.array(chain), set()))
+                seen.add(int(behind))
             tracked.named = len(request.block_hashes)
             if request.is_finished() and name not in self.scheduler.requests:
                 self.counts.finished += 1
@@ -346,15 +375,24 @@ class Run:
         # The real mover takes the loads of a lane in their order.
         self.device.wait(self.device.streams[LOAD].mark())
         self.planner.poll()
-        for key, chain in self.everything.items():
-            lease = self.planner.lease_prefix(key)
-            if not len(lease):
-                continue
-            ticket, slots = self.planner.plan_load(lease)
-            self.mover.real.load(ticket, slots, self.scratch.blocks(array("I", [0])))
-            self.planner.poll()
-            for layer, view in enumerate(self.scratch_views):
-                if not np.array_equal(view[0].reshape(BLOCK, -1), words_of(chain, layer)):
-                    raise Wrong(f"a stored block holds wrong bytes: {key.hex()[:8]}, layer {layer}")
-            self.counts.read_back += 1
+        for name in self.everything:
+            for group in range(len(self.shape.windows)):
+                self._read_block_back(name, group)
         assert all(ok for _, ok in self.mover.real.ended_loads())
+
+    def _read_block_back(self, name, group):
+        lease = self.planner.lease_prefix(self.groups.keys(group, name) if self.groups else name)
+        if not len(lease):
+            return
+        ticket, slots = self.planner.plan_load(lease)
+        self.mover.real.load(ticket, slots, self.scratch.blocks(array("I", [0])))
+        self.planner.poll()
+        chain, behind = self.everything[name]
+        expected = [chain]
+        if group == self.shape.drafter:
+            expected = [np.append(chain[1:], number) for number in behind]
+        for layer in [layer for layer in self.shape.layers if layer.group == group]:
+            found = self.scratch_views[layer.place][0].reshape(BLOCK, -1)
+            if not any(np.array_equal(found, words_of(one, layer.number)) for one in expected):
+                raise Wrong(f"a stored block holds wrong bytes: {name.hex()[:8]}, {layer}")
+        self.counts.read_back += 1

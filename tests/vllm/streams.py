@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
-from rote import LAYER_BYTES, LAYERS, Wrong
+from rote import LAYER_BYTES, Wrong
 
 from kvortex import InvalidArgumentError, TransferError
 
@@ -134,23 +134,23 @@ class StreamMover:
     device, pinned = "cuda:0", True
 
     def __init__(self, real, device, views, scratch, faults, counts):
-        self.real, self._device, self._views = real, device, views
+        self.real, self.device, self.views = real, device, views
         self._scratch, self._faults, self._counts = scratch, faults, counts
         self.compute = device.streams[COMPUTE]
         self._copies: list[Copy] = []
         self._slots: dict[int, list[np.ndarray]] = {}
-        """What was stored in each, by layer. Only loads in parts are given it before they end."""
+        """What was stored in each, by place. Only loads in parts are given it before they end."""
 
     def store(self, ticket, slots, blocks):
         """As ``RankMover.store``."""
-        fails = self._device.rng.random() < self._faults.stores
+        fails = self.device.rng.random() < self._faults.stores
         self._counts.stored += len(blocks)
         self._submit(STORE, blocks, [partial(self._store, ticket, slots, blocks, fails)])
         self._fail_at_once(fails)
 
     def load_later(self, ticket, slots, blocks):
         """As ``RankMover.load_later``."""
-        fails = self._device.rng.random() < self._faults.loads
+        fails = self.device.rng.random() < self._faults.loads
         self._counts.failed_loads += fails
         self._counts.background += 1
         self._submit(LATER, blocks, [partial(self._load_later, ticket, slots, blocks, fails)])
@@ -165,9 +165,9 @@ class StreamMover:
             return
         self._counts.layerwise += 1
         given = {}
-        layers = parts.layers()
-        first = [partial(self._load_part, slots, blocks, part, given) for part in layers[:-1]]
-        last = partial(self._load_last_part, ticket, slots, blocks, layers[-1], given)
+        places = parts.places()
+        first = [partial(self._load_part, slots, blocks, part, given) for part in places[:-1]]
+        last = partial(self._load_last_part, ticket, slots, blocks, places[-1], given)
         parts.marks = self._submit(LOAD, blocks, [*first, last])
 
     def fail_later(self, ticket, slots, blocks, *, parts=None):
@@ -192,12 +192,12 @@ class StreamMover:
 
     def shutdown(self, timeout_ms=5000):
         """As ``RankMover.shutdown``."""
-        self._device.wait_for_all()
+        self.device.wait_for_all()
         return self.real.shutdown(timeout_ms)
 
     def _submit(self, lane, blocks, runs):
         """Enqueues ``runs`` and returns the mark behind each."""
-        ids, stream = frozenset(blocks.block_ids), self._device.streams[lane]
+        ids, stream = frozenset(blocks.block_ids), self.device.streams[lane]
         waits = self._waits(lane, ids)
         self._counts.waited += any(not mark.passed for mark in waits)
         stream.put(after=waits)
@@ -215,7 +215,7 @@ class StreamMover:
 
     def _fail_at_once(self, fails):
         """Half of the failures are known when the copy is submitted."""
-        if fails and self._device.rng.random() < 0.5:
+        if fails and self.device.rng.random() < 0.5:
             raise TransferError("this copy does not start")
 
     # When their turn comes.
@@ -227,12 +227,12 @@ class StreamMover:
         self.real.store(ticket, slots, blocks)
         self.real.fence(blocks)
         for slot, block in zip(array("I", slots), blocks.block_ids, strict=True):
-            self._slots[slot] = [view[block].copy() for view in self._views]
+            self._slots[slot] = [view[block].copy() for view in self.views]
 
     def _load_later(self, ticket, slots, blocks, fails):
         if fails:
             # Some bytes may have come before it failed.
-            for view in self._views:
+            for view in self.views:
                 view[blocks.block_ids[0]] = -1
             self._refuse(self.real.load_later, ticket, slots, blocks)
             return
@@ -245,21 +245,21 @@ class StreamMover:
         with contextlib.suppress(InvalidArgumentError):
             method(ticket, slots[4:], blocks)
 
-    def _load_part(self, slots, blocks, layers, given):
-        for layer in layers:
-            given[layer] = [self._slots[slot][layer] for slot in array("I", slots)]
-            self._views[layer][blocks.block_ids] = given[layer]
+    def _load_part(self, slots, blocks, places, given):
+        for place in places:
+            given[place] = [self._slots[slot][place] for slot in array("I", slots)]
+            self.views[place][blocks.block_ids] = given[place]
 
-    def _load_last_part(self, ticket, slots, blocks, layers, given):
+    def _load_last_part(self, ticket, slots, blocks, places, given):
         """Now the real mover reads the slots: all bytes of the load must still be there."""
         scratch, views = self._scratch
         count = len(blocks)
         self.real.load(ticket, slots, scratch.blocks(array("I", range(count))))
-        for layer, before in given.items():
-            if not np.array_equal(views[layer][:count], np.stack(before)):
-                raise Wrong(f"a slot of load {ticket} was written while the load read it, layer {layer}")
-        for layer in layers:
-            self._views[layer][blocks.block_ids] = views[layer][:count]
+        for place, before in given.items():
+            if not np.array_equal(views[place][:count], np.stack(before)):
+                raise Wrong(f"a slot of load {ticket} was written while the load read it, place {place}")
+        for place in places:
+            self.views[place][blocks.block_ids] = views[place][:count]
 
 
 class Parts:
@@ -269,10 +269,10 @@ class Parts:
         self._mover, self._ends = mover, list(ends_bytes)
         self.marks: list[Mark] = []
 
-    def layers(self):
-        """The layers of each part."""
-        ends = [0, *self._ends]
-        if ends != sorted(set(ends)) or ends[-1] != LAYER_BYTES * len(LAYERS) or any(at % LAYER_BYTES for at in ends):
+    def places(self):
+        """The places of each part."""
+        ends, whole = [0, *self._ends], LAYER_BYTES * len(self._mover.views)
+        if ends != sorted(set(ends)) or ends[-1] != whole or any(at % LAYER_BYTES for at in ends):
             raise InvalidArgumentError(f"parts that end at {self._ends} bytes are not layers")
         return [range(first // LAYER_BYTES, end // LAYER_BYTES) for first, end in pairwise(ends)]
 

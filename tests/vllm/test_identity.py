@@ -16,10 +16,11 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from conftest import LLAMA, OLD
+from kvortex.vllm.groups import LayerGroup
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys, identify
 from kvortex.vllm.layout import CacheLayout
 from kvortex.vllm.weights import files_of
@@ -219,9 +220,10 @@ def engine(model, **args):
     return EngineArgs(model=str(model), **args).create_engine_config()
 
 
-def layout(**more):
-    spec = FullAttentionSpec(**{"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32} | more)
-    return CacheLayout({"a": spec, "b": spec}, 100, spec.block_size, 2 * spec.page_size_bytes, False)
+def layout(kind=FullAttentionSpec, groups=(("a", "b"),), **more):
+    spec = kind(**{"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32} | more)
+    groups = tuple(LayerGroup(names) for names in groups)
+    return CacheLayout({"a": spec, "b": spec}, 100, spec.block_size, 2 * spec.page_size_bytes, False, groups)
 
 
 def namespace(config, described=None, version="0.32.0"):
@@ -286,6 +288,10 @@ def test_what_makes_kv_incompatible_changes_the_namespace(model, plain):
         object.__setattr__(place, name, before)
     specs = ({"block_size": 64}, {"head_size": 32}, {"dtype": torch.float16}, {"sliding_window": 128})
     found |= {str(spec): namespace(config, layout(**spec)) for spec in specs}
+    windows = ({"sliding_window": 128}, {"sliding_window": 64})
+    found |= {f"window {spec}": namespace(config, layout(SlidingWindowSpec, **spec)) for spec in windows}
+    groups = ((("a",), ("b",)), (("b",), ("a",)))
+    found |= {str(one): namespace(config, layout(groups=one)) for one in groups}
     found["version"] = namespace(config, version="0.15.1")
     assert namespace(config) == plain
     assert plain not in found.values(), [field for field, one in found.items() if one == plain]

@@ -13,7 +13,6 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheTensor,
     MLAAttentionSpec,
-    SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
@@ -321,23 +320,21 @@ def attention(kind=FullAttentionSpec, **more):
 
 
 def test_what_is_not_known_is_refused_by_name():
-    refused = {
-        "2 KV-cache groups and KVortex keeps one: start vLLM with --disable-hybrid": config_of(
-            [{"a": attention()}, {"b": attention()}]
-        ),
-        "layer a has a cache of kind SlidingWindowSpec": config_of(
-            [{"a": attention(SlidingWindowSpec, sliding_window=64)}]
-        ),
-    }
-    if not OLD:
-        several = {"a": attention(), "b": attention(dtype=torch.float8_e4m3fn)}
-        group = KVCacheGroupSpec(list(several), UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=several))
-        refused["vLLM zeroes this model's blocks before it uses them"] = KVCacheConfig(
-            num_blocks=7, kv_cache_tensors=[], kv_cache_groups=[group]
-        )
-        refused["vLLM matches prefixes by 8 tokens and its blocks have 16"] = config_of(
-            [{"a": attention()}], hash_block_size=8
-        )
+    several = config_of([{"a": attention()}, {"b": attention()}])
+    if OLD:
+        refused = {"2 KV-cache groups and KVortex keeps one of this vLLM: start it with --disable-hybrid": several}
+    else:
+        mixed = {"a": attention(), "b": attention(dtype=torch.float8_e4m3fn)}
+        group = KVCacheGroupSpec(list(mixed), UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=mixed))
+        assert len(layouts.describe(several).groups) == 2
+        refused = {
+            "vLLM zeroes this model's blocks before it uses them": KVCacheConfig(
+                num_blocks=7, kv_cache_tensors=[], kv_cache_groups=[group]
+            ),
+            "vLLM matches prefixes by 8 tokens and its blocks have 16": config_of(
+                [{"a": attention()}], hash_block_size=8
+            ),
+        }
     for message, config in refused.items():
         with pytest.raises(UnsupportedError, match=message):
             layouts.describe(config)

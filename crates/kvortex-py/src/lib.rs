@@ -14,6 +14,7 @@ mod dlpack;
 mod engine;
 mod errors;
 mod gpu;
+mod groups;
 mod identity;
 mod keys;
 mod logs;
@@ -51,6 +52,8 @@ mod _core {
     };
     #[pymodule_export]
     use gpu::{gpu_link, gpus};
+    #[pymodule_export]
+    use groups::PyGroups;
     #[pymodule_export]
     use identity::{PyKeyChain, PyNamespace, hash_tokens};
     #[pymodule_export]

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use kvortex::SlotId;
 use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Rows, Seat};
+use kvortex::{Keys, SlotId};
 use kvortex_mem::span::Pages;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -11,6 +11,7 @@ use pyo3::types::{PyBytes, PyDict};
 use crate::answers::PyLease;
 use crate::engine::{disk, disk_deadline, disk_dict, settings, timeout_of};
 use crate::errors::{detached, entry, invalid, raise};
+use crate::groups::PyGroups;
 use crate::identity::namespace;
 use crate::keys::PackedKeys;
 use crate::logs;
@@ -80,6 +81,24 @@ impl PyRankPlanner {
         })
     }
 
+    /// The blocks of the longest hit of all `groups`, 0 for none, and a lease on what it needs beyond the `first` that the engine
+    /// has. `hashes` name the blocks from `first` on; the hit has at most `most`.
+    fn lease_groups(
+        &self,
+        py: Python<'_>,
+        groups: &Bound<'_, PyGroups>,
+        hashes: &Bound<'_, PyAny>,
+        first: &Bound<'_, PyAny>,
+        most: &Bound<'_, PyAny>,
+    ) -> PyResult<(usize, PyLease)> {
+        entry(py, || {
+            let hashes = PackedKeys::from_python(hashes)?;
+            let (groups, first, most) = (groups.get().groups(), whole("first", first)?, whole("most", most)?);
+            let (hit, lease) = detached(py, || self.0.lease_groups(groups, hashes.keys(), first, most))?;
+            Ok((hit, PyLease::of_ranks(lease)))
+        })
+    }
+
     /// Plans to load the blocks of `lease`, which is used up: (ticket, packed slots).
     #[pyo3(signature = (lease, *, background=false))]
     fn plan_load<'py>(
@@ -111,6 +130,34 @@ impl PyRankPlanner {
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
                 (ticket.id(), packed(py, stored.positions.iter().copied()), slots)
+            }))
+        })
+    }
+
+    /// As `plan_store`, of several groups: for each of `hashes` one block of each, packed, where 0 is none. Returns the ticket,
+    /// the blocks to be stored and their slots, packed.
+    #[pyo3(signature = (groups, hashes, blocks, rests_on=Vec::new()),
+           text_signature = "($self, groups, hashes, blocks, rests_on=())")]
+    fn plan_store_groups<'py>(
+        &self,
+        py: Python<'py>,
+        groups: &Bound<'py, PyGroups>,
+        hashes: &Bound<'py, PyAny>,
+        blocks: &[u8],
+        rests_on: Vec<u64>,
+    ) -> PyResult<Option<StorePlan<'py>>> {
+        entry(py, || {
+            let hashes = PackedKeys::from_python(hashes)?;
+            let blocks = words("blocks", blocks)?;
+            let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
+            let groups = groups.get().groups();
+            let (stored, blocks) = detached(py, || {
+                let (keys, blocks) = groups.pick(hashes.keys(), &blocks)?;
+                Ok((self.0.plan_store(Keys::from_slices(&keys), &rests_on)?, blocks))
+            })?;
+            Ok(stored.ticket.map(|ticket| {
+                let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
+                (ticket.id(), packed(py, stored.positions.iter().map(|&at| blocks[at as usize])), slots)
             }))
         })
     }
@@ -350,11 +397,16 @@ fn packed<'py>(py: Python<'py>, numbers: impl Iterator<Item = u32>) -> Bound<'py
 }
 
 fn unpacked(slots: &[u8]) -> PyResult<Vec<SlotId>> {
-    let (words, rest) = slots.as_chunks::<4>();
+    Ok(words("slots", slots)?.into_iter().map(SlotId).collect())
+}
+
+/// Packed numbers of 32 bits.
+fn words(name: &str, bytes: &[u8]) -> PyResult<Vec<u32>> {
+    let (words, rest) = bytes.as_chunks::<4>();
     if !rest.is_empty() {
-        return Err(invalid(format!("slots has {} bytes: pass what the planner returned, 4 for each", slots.len())));
+        return Err(invalid(format!("{name} has {} bytes: pass 4 for each, as the planner returns them", bytes.len())));
     }
-    Ok(words.iter().map(|&word| SlotId(u32::from_le_bytes(word))).collect())
+    Ok(words.iter().map(|&word| u32::from_le_bytes(word)).collect())
 }
 
 fn pairs(ended: Vec<Ended>) -> Vec<(u64, bool)> {

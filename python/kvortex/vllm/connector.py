@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
@@ -69,7 +69,9 @@ class KVortexConnector(KVConnectorBase_V1):
         self._frees_aborted = self._version < WAITS_FOR_ABORTED
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._layout = layouts.describe(kv_cache_config)
-        spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len) if self._frees_aborted else None
+        spare = None
+        if self._frees_aborted or (not self._layout.is_whole and not layouts.FAILS_BY_REQUEST):
+            spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len)
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
         identity = identify(vllm_config, self._layout, vllm.__version__)
         self._namespace = identity.namespace
@@ -108,13 +110,13 @@ class KVortexConnector(KVConnectorBase_V1):
         )
         blocks = planner.get_stats()["capacity_blocks"]
         log.info(
-            "KVortex keeps %d blocks of %d tokens, %d bytes %s of %d ranks (%d layers), loads: %s, namespace %s",
+            "KVortex keeps %d blocks of %d tokens, %d bytes %s of %d ranks (%s), loads: %s, namespace %s",
             blocks,
             self._layout.block_tokens,
             self._layout.block_size_bytes,
             "once for all" if self._rows == "one" else "on each",
             self._ranks,
-            len(self._layout.layers),
+            self._layout,
             mode.name,
             self._namespace.hex()[:16],
         )
@@ -147,6 +149,12 @@ class KVortexConnector(KVConnectorBase_V1):
         """
         is_loading = self._of_scheduler.finished(request)
         return is_loading and self._frees_aborted, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As ``request_finished``, whose blocks do not matter."""
+        return self.request_finished(request, block_ids[0])
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the ranks report of a step, before vLLM looks at it."""
@@ -247,9 +255,18 @@ class KVortexConnector(KVConnectorBase_V1):
         worker.end()
         return None, worker.finished() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As ``get_finished``. Where blocks do not tell which tokens to compute again, failed requests are named."""
+        results = super().get_transfer_results(finished_req_ids)
+        if not self._layout.is_whole:
+            results.failed_recving = {load.request_id for load in self._of_worker.take_failed()}
+        return results
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that must be computed after all."""
-        return self._worker.take_errors() if self._worker is not None else set()
+        if self._worker is None or not self._layout.is_whole:
+            return set()
+        return {block for load in self._worker.take_failed() for block in load.blocks}
 
     def shutdown(self) -> None:
         """Waits for what is under way, for a bounded time."""
@@ -269,6 +286,11 @@ class KVortexConnector(KVConnectorBase_V1):
         if self._worker is None:
             raise RuntimeError("vLLM runs a step before register_kv_caches, or asks the scheduler for copies")
         return self._worker
+
+
+if layouts.FAILS_BY_REQUEST:
+    # Such a vLLM gives models of several kinds of attention several groups; an older one must leave them in one.
+    SupportsHMA.register(KVortexConnector)
 
 
 def _rank() -> int:

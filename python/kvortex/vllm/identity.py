@@ -188,7 +188,11 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
         block_tokens=layout.block_tokens,
         block_size_bytes=layout.block_size_bytes,
         tensor_parallel_size=parallel.tensor_parallel_size,
-        layers=[f"{name}: {spec!r}" for name, spec in sorted(layout.layers.items())],
+        layers=[
+            f"{index}: {name}: {layout.layers[name]!r}"
+            for index, group in enumerate(layout.groups)
+            for name in sorted(group.layers)
+        ],
     )
     return EngineIdentity(namespace, are_plain and all(one.complete for one in files))
 

@@ -26,14 +26,19 @@ class LayerHooks:
 
     A load is split by layers only in a step whose forward context shows that layers run one by one, and only after an
     earlier load, awaited as a whole, was followed by the hooks of its step. What had no hook then is awaited up front.
+    Layers of several groups share places: the first of them to be computed waits, if all of them have hooks.
     """
 
     def __init__(self, order: Mapping[str, int], layer_bytes: Sequence[int]) -> None:
         """``order`` has the place of each layer in a block, ``layer_bytes`` the bytes of each place."""
         self._order = order
+        self._places = len(layer_bytes)
         self._ends = [sum(layer_bytes[: index + 1]) for index in range(len(layer_bytes))]
-        self._known: frozenset[int] = frozenset()
-        self._ran: set[int] = set()
+        self._known: frozenset[str] = frozenset()
+        """Layers whose hooks were seen."""
+        self._unhooked: frozenset[int] = frozenset(range(self._places))
+        """Places of layers whose hooks were not."""
+        self._ran: set[str] = set()
         self._split: list[_Split] = []
         self._teaches = False
 
@@ -47,7 +52,7 @@ class LayerHooks:
         """Whether loads of this step may be awaited layer by layer; asked once, if the step has any."""
         by_layers = _runs_by_layers(forward_context)
         self._teaches = by_layers and not self._known
-        return by_layers and len(self._known) > 1
+        return by_layers and self._places - len(self._unhooked) > 1
 
     def parts(self, blocks: int) -> list[int]:
         """Layers at which the parts of a load of ``blocks`` blocks end."""
@@ -66,27 +71,28 @@ class LayerHooks:
         """A load was started in ``parts``."""
         load = _Split(started, parts)
         self._split.append(load)
-        for index in range(len(self._ends)):
-            if index not in self._known:
-                load.hold(index)
+        for place in self._unhooked:
+            load.hold(place)
 
     def computes(self, layer: str) -> None:
         """A layer is about to be computed: what it reads comes first."""
-        index = self._order.get(layer)
-        if index is None or index in self._ran:
+        place = self._order.get(layer)
+        if place is None or layer in self._ran:
             return
-        self._ran.add(index)
+        self._ran.add(layer)
         for started in self._split:
-            started.hold(index)
+            started.hold(place)
 
     def end(self) -> None:
         """The pass is enqueued. Raises RuntimeError if it did not wait for a layer's load."""
         missed = self._known - self._ran
         if self._split and missed:
-            names = sorted(name for name, index in self._order.items() if index in missed)
-            raise RuntimeError(f"vLLM computed layers {names} without calling their hooks: what they read is wrong")
+            raise RuntimeError(
+                f"vLLM computed layers {sorted(missed)} without calling their hooks: what they read is wrong"
+            )
         if self._teaches:
             self._known = frozenset(self._ran)
+            self._unhooked = frozenset(place for name, place in self._order.items() if name not in self._known)
         self.begin()
 
 

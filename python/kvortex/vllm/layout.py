@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MLAAttentionSpec
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 import kvortex
 from kvortex import PagedCache, RawTensor
+from kvortex.vllm.groups import LayerGroup
 from kvortex.vllm.layers import LayerHooks
 
 if TYPE_CHECKING:
@@ -19,8 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheLayout", "describe", "paged_cache"]
 
-KNOWN = (FullAttentionSpec, MLAAttentionSpec)
+KNOWN = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec)
 """Exactly these kinds of layers; what derives from them keeps other things in its pages."""
+
+FAILS_BY_REQUEST = hasattr(KVConnectorBase_V1, "get_transfer_results")
+"""Whether vLLM can be told which request's load failed. With several groups, or a window, blocks do not say it all."""
+
+Place = tuple[int, tuple[tuple[int, int], ...]]
+"""First byte, and (stride, length) of each dimension of what is not contiguous: which bytes, whatever the shape."""
 
 
 @dataclass(frozen=True)
@@ -32,56 +47,118 @@ class CacheLayout:
     block_tokens: int
     """Tokens of one block of the engine."""
     block_size_bytes: int
-    """Bytes of one block on one rank, all layers."""
+    """Bytes of one block on one rank: all layers of the largest group."""
     replicated: bool
     """Whether every rank keeps the same bytes."""
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one group, of which a request keeps every block."""
+        return len(self.groups) == 1 and not self.groups[0].window
+
+    def __str__(self) -> str:
+        several = f" in {len(self.groups)} groups" if len(self.groups) > 1 else ""
+        windows = sorted({group.window for group in self.groups if group.window})
+        return f"{len(self.layers)} layers{several}{f', windows {windows}' if windows else ''}"
 
     def spare_blocks(self, tokens: int) -> int:
         """Blocks that are left when a request of ``tokens`` has all that it needs. One block is the engine's own."""
-        return max(0, self.num_blocks - 1 - -(-tokens // self.block_tokens))
+        return max(0, self.num_blocks - 1 - -(-tokens // self.block_tokens)) if self.is_whole else 0
 
 
 def describe(config: KVCacheConfig) -> CacheLayout:
     """The layout that ``config`` means. Raises UnsupportedError for what KVortex does not keep."""
     groups = config.kv_cache_groups
-    if len(groups) != 1:
+    if not groups:
+        raise kvortex.UnsupportedError("the model has no KV cache: start vLLM without the connector")
+    if len(groups) > 1 and not FAILS_BY_REQUEST:
         raise kvortex.UnsupportedError(
-            f"the model has {len(groups)} KV-cache groups and KVortex keeps one: start vLLM with "
-            "--disable-hybrid-kv-cache-manager, or without the connector"
+            f"the model has {len(groups)} KV-cache groups and KVortex keeps one of this vLLM: start it with "
+            "--disable-hybrid-kv-cache-manager, use vLLM 0.32 or later, or leave the connector out"
         )
-    spec = groups[0].kv_cache_spec
-    specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(groups[0].layer_names, spec)
-    for name, layer in specs.items():
-        if type(layer) not in KNOWN:
-            kinds = " and ".join(kind.__name__ for kind in KNOWN)
-            raise kvortex.UnsupportedError(
-                f"layer {name} has a cache of kind {type(layer).__name__}, and KVortex keeps {kinds}: "
-                "start vLLM without the connector"
-            )
-        if page_bytes(layer) != layer.page_size_bytes and getattr(layer, "page_size_padded", None) is None:
-            raise kvortex.UnsupportedError(
-                f"layer {name} keeps {layer.page_size_bytes - page_bytes(layer)} bytes of a block beside its tensor, "
-                "scales of each token say: use another --kv-cache-dtype"
-            )
-    hash_tokens = getattr(config, "hash_block_size", None) or spec.block_size
-    if spec.block_size != hash_tokens:
+    by_group = [_specs_of(group) for group in groups]
+    for specs in by_group:
+        for name, spec in specs.items():
+            _refuse_unknown(name, spec)
+    _refuse_together(config)
+    layers = {name: spec for specs in by_group for name, spec in specs.items()}
+    return CacheLayout(
+        layers=layers,
+        num_blocks=config.num_blocks,
+        block_tokens=groups[0].kv_cache_spec.block_size,
+        # A block number means the same bytes in every group. What a group with fewer layers leaves out of them is kept
+        # with the rest.
+        block_size_bytes=max(sum(page_bytes(spec) for spec in specs.values()) for specs in by_group),
+        replicated=all(isinstance(spec, MLAAttentionSpec) for spec in layers.values()),
+        groups=tuple(
+            LayerGroup(tuple(specs), _window(specs), bool(getattr(group, "is_eagle_group", False)))
+            for group, specs in zip(groups, by_group, strict=True)
+        ),
+    )
+
+
+def _specs_of(group: KVCacheGroupSpec) -> dict[str, KVCacheSpec]:
+    """The specification of each layer of a group."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return dict(specs or dict.fromkeys(group.layer_names, group.kv_cache_spec))
+
+
+def _window(specs: Mapping[str, KVCacheSpec]) -> int:
+    """Tokens whose blocks vLLM keeps for a group, 0 for all. The layers of one have the same window."""
+    windows = {
+        spec.sliding_window + getattr(spec, "extra_retained_tokens", 0) if isinstance(spec, SlidingWindowSpec) else 0
+        for spec in specs.values()
+    }
+    if len(windows) != 1:
         raise kvortex.UnsupportedError(
-            f"vLLM matches prefixes by {hash_tokens} tokens and its blocks have {spec.block_size}: "
+            f"layers {sorted(specs)} share a table of blocks and have windows of {sorted(windows)} tokens (0: all): "
+            "start vLLM without the connector"
+        )
+    return windows.pop()
+
+
+def _refuse_unknown(name: str, spec: KVCacheSpec) -> None:
+    """Raises UnsupportedError for a layer that keeps something else."""
+    if type(spec) not in KNOWN:
+        kinds = ", ".join(kind.__name__ for kind in KNOWN)
+        raise kvortex.UnsupportedError(
+            f"layer {name} has a cache of kind {type(spec).__name__}, and KVortex keeps {kinds}: start vLLM with "
+            "--disable-hybrid-kv-cache-manager, which makes others of some kinds, or without the connector"
+        )
+    if page_bytes(spec) != spec.page_size_bytes and getattr(spec, "page_size_padded", None) is None:
+        raise kvortex.UnsupportedError(
+            f"layer {name} keeps {spec.page_size_bytes - page_bytes(spec)} bytes of a block beside its tensor, "
+            "scales of each token say: use another --kv-cache-dtype"
+        )
+
+
+def _refuse_together(config: KVCacheConfig) -> None:
+    """Raises UnsupportedError for what is wrong with the groups as a whole."""
+    sizes = sorted({group.kv_cache_spec.block_size for group in config.kv_cache_groups})
+    if len(sizes) > 1:
+        raise kvortex.UnsupportedError(
+            f"the KV-cache groups have blocks of {' and '.join(map(str, sizes))} tokens, and KVortex keeps blocks of "
+            "one size: start vLLM with --disable-hybrid-kv-cache-manager, or without the connector"
+        )
+    hash_tokens = getattr(config, "hash_block_size", None) or sizes[0]
+    if sizes[0] != hash_tokens:
+        raise kvortex.UnsupportedError(
+            f"vLLM matches prefixes by {hash_tokens} tokens and its blocks have {sizes[0]}: "
             "leave --prefix-match-unit out"
         )
+    for group in config.kv_cache_groups:
+        if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+            raise kvortex.UnsupportedError(
+                f"layers {sorted(group.layer_names)} have a cache that vLLM keeps from connectors: "
+                "start vLLM without the connector"
+            )
     if getattr(config, "needs_kv_cache_zeroing", False):
         # Zeroes are written before any hook could put stores of those blocks first.
         raise kvortex.UnsupportedError(
             "vLLM zeroes this model's blocks before it uses them, which KVortex cannot order: "
             "use one dtype for the whole KV cache, or start vLLM without the connector"
         )
-    return CacheLayout(
-        layers=specs,
-        num_blocks=config.num_blocks,
-        block_tokens=spec.block_size,
-        block_size_bytes=sum(page_bytes(layer) for layer in specs.values()),
-        replicated=all(isinstance(layer, MLAAttentionSpec) for layer in specs.values()),
-    )
 
 
 def page_bytes(spec: KVCacheSpec) -> int:
@@ -94,18 +171,17 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
 
     Raises LayoutError for tensors that do not fit ``layout``.
     """
-    views: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
-    for name, tensor in kv_caches.items():
-        spec = layout.layers.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            raise kvortex.LayoutError(f"the cache of layer {name} is {type(tensor).__name__} and no tensor")
-        if spec is None and _aliases(tensor, kv_caches, layout):
-            continue
-        if spec is None:
-            raise kvortex.LayoutError(f"layer {name} has a cache that the KV-cache configuration does not name")
-        view = _in_order_of_memory(_block_view(name, tensor, spec, layout.num_blocks, vllm_config))
-        views.setdefault(_place(view), view)
-    cache = PagedCache([_raw(view) for view in _whole_blocks(list(views.values()))])
+    views = _layer_views(layout, kv_caches, vllm_config)
+    largest = max(layout.groups, key=lambda group: sum(page_bytes(layout.layers[name]) for name in group.layers))
+    places = {_place(view): view for name, view in views.items() if name in largest.layers}
+    blocks = _whole_blocks(list(places.values()))
+    for name, view in views.items():
+        if _place(view) not in places and not (len(blocks) == 1 and _is_inside(view, blocks[0])):
+            raise kvortex.LayoutError(
+                f"layer {name} does not lie in the blocks that it shares with layers of other groups: "
+                "start vLLM with --disable-hybrid-kv-cache-manager"
+            )
+    cache = PagedCache([_raw(view) for view in blocks])
     if cache.block_size_bytes != layout.block_size_bytes:
         raise kvortex.LayoutError(
             f"the registered tensors have {cache.block_size_bytes} bytes a block, "
@@ -114,9 +190,24 @@ def paged_cache(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: 
     return cache
 
 
+def _layer_views(layout: CacheLayout, kv_caches: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, torch.Tensor]:
+    """Each layer's part of the blocks. Layers that only share another one's cache are left out."""
+    views: dict[str, torch.Tensor] = {}
+    for name, tensor in kv_caches.items():
+        spec = layout.layers.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise kvortex.LayoutError(f"the cache of layer {name} is {type(tensor).__name__} and no tensor")
+        if spec is None and _aliases(tensor, kv_caches, layout):
+            continue
+        if spec is None:
+            raise kvortex.LayoutError(f"layer {name} has a cache that the KV-cache configuration does not name")
+        views[name] = _in_order_of_memory(_block_view(name, tensor, spec, layout.num_blocks, vllm_config))
+    return views
+
+
 def layer_hooks(layout: CacheLayout, kv_caches: Mapping[str, Any], cache: PagedCache) -> LayerHooks | None:
     """What loads of ``cache`` by layers need; None if its blocks are not one tensor for each layer."""
-    places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
+    places: dict[Place, int] = {}
     order: dict[str, int] = {}
     sizes: list[int] = []
     for name, tensor in kv_caches.items():
@@ -128,8 +219,19 @@ def layer_hooks(layout: CacheLayout, kv_caches: Mapping[str, Any], cache: PagedC
     return LayerHooks(order, sizes) if fits else None
 
 
-def _place(view: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return view.data_ptr(), tuple(view.shape), tuple(view.stride())
+def _place(view: torch.Tensor) -> Place:
+    """Which bytes a tensor is made of: layers of several groups see the same ones, maybe in other shapes."""
+    size = view.element_size()
+    sides = zip(view.stride(), view.shape, strict=True)
+    dims = sorted(((stride * size, length) for stride, length in sides if length > 1), reverse=True)
+    merged = [(1, size)]
+    for stride, length in reversed(dims):
+        inner, extent = merged[-1]
+        if stride == inner * extent:
+            merged[-1] = (inner, extent * length)
+        else:
+            merged.append((stride, length))
+    return view.data_ptr(), tuple(merged)
 
 
 def _aliases(tensor: torch.Tensor, kv_caches: Mapping[str, Any], layout: CacheLayout) -> bool:
@@ -208,6 +310,15 @@ def _whole_blocks(views: list[torch.Tensor]) -> list[torch.Tensor]:
         return views
     whole = torch.empty(0, dtype=torch.uint8, device=first.device)
     return [whole.set_(storage, first.data_ptr() - storage.data_ptr(), (first.shape[0], stride), (stride, 1))]
+
+
+def _is_inside(view: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether block for block a layer's bytes are among those of whole blocks."""
+    start, size = view.data_ptr() - whole.data_ptr(), view.element_size()
+    if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or start < 0:
+        return False
+    last = sum((length - 1) * stride for length, stride in zip(view.shape[1:], view.stride()[1:], strict=True))
+    return view.stride(0) * size == whole.stride(0) and start + (last + 1) * size <= whole.stride(0)
 
 
 def _fill(views: list[torch.Tensor], start: int, stride: int) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexTimeoutError
 from kvortex.vllm.disk import FORGOTTEN
+from kvortex.vllm.groups import Tables
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 
@@ -32,6 +32,7 @@ class _Tracked:
     __slots__ = (
         "background",
         "blocks",
+        "hit",
         "keeps",
         "keys",
         "lease",
@@ -47,12 +48,15 @@ class _Tracked:
         self.request = request
         self.keys = RequestKeys()
         self.blocks: list[int] = []
+        """As ``Tables`` lists them."""
         self.offered = 0
         """Blocks, from the first, that a plan to store has had."""
         self.next_full = block_tokens
         """Tokens at which the next block is full."""
         self.local = 0
         """Blocks that the engine's own cache had at the last lookup."""
+        self.hit = 0
+        """Blocks that it would have with what was offered then."""
         self.lease: Lease | None = None
         self.background = False
         self.loading: int | None = None
@@ -67,6 +71,10 @@ class _Tracked:
         self.offered, self.next_full = 0, block_tokens
 
 
+_Filled = tuple[_Tracked, int, int]
+"""A request that fills a block in a step, its tokens before the step, and after it."""
+
+
 class SchedulerSide:
     """Answers the scheduler's questions from the index, and turns its decisions into plans."""
 
@@ -79,6 +87,7 @@ class SchedulerSide:
         self._source = KeySource()
         self._load_mode = load_mode
         self._block_tokens = layout.block_tokens
+        self._tables = Tables(layout.groups, layout.block_tokens)
         self._tracked: dict[str, _Tracked] = {}
         self._offers: list[_Tracked] = []
         self._step = KVortexMetadata()
@@ -118,18 +127,18 @@ class SchedulerSide:
         self._poll()
         if tracked.loading is not None or not tracked.loads:
             return 0, False
-        keys = self._keys_of(tracked)[first * KEY : end * KEY]
-        if not keys:
+        keys = self._keys_of(tracked)[first * KEY : (end + self._tables.ahead) * KEY]
+        if end <= first or not keys:
             return 0, False
         if self._is_being_loaded(keys) or (self._disk is not None and self._disk.waits(request.request_id, keys)):
             return None, False
-        lease = self._planner.lease_prefix(keys)
+        hit, lease = self._tables.lease(self._planner, keys, first, end)
         if not len(lease):
             return 0, False
-        tracked.lease = lease
+        tracked.lease, tracked.hit = lease, hit
         self._offers.append(tracked)
         tracked.background = self._is_background(first, len(lease))
-        return len(lease) * self._block_tokens, tracked.background
+        return (hit - first) * self._block_tokens, tracked.background
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The engine takes ``num_external_tokens`` of what it was offered, into the blocks of the request's table."""
@@ -139,14 +148,15 @@ class SchedulerSide:
         lease, tracked.lease = tracked.lease, None
         if lease is None:
             raise RuntimeError(f"vLLM took {num_external_tokens} tokens for {request.request_id} that were not offered")
-        count = num_external_tokens // self._block_tokens
-        targets = block_ids(blocks.get_block_ids()[0][tracked.local : tracked.local + count])
-        if not 0 < count <= len(lease) or len(targets) != count:
+        count, offered = num_external_tokens // self._block_tokens, tracked.hit - tracked.local
+        targets = block_ids(self._tables.targets(blocks.get_block_ids(), tracked.local, tracked.local + count))
+        if not 0 < count <= offered or len(targets) != self._tables.taken(lease, offered, count):
             raise RuntimeError(
-                f"vLLM took {count} blocks for {request.request_id} of {len(lease)} offered, and gave it {len(targets)}"
+                f"vLLM took {count} blocks for {request.request_id} of {offered} offered, for which {len(lease)} are "
+                f"loaded, and gave it {len(targets)}"
             )
         ticket, slots = self._planner.plan_load(lease, background=tracked.background)
-        load = Load(ticket, request.request_id, tracked.background, slots[: 4 * count], targets)
+        load = Load(ticket, request.request_id, tracked.background, slots[: 4 * len(targets)], targets)
         self._step.loads.append(load)
         self._step.written.extend(targets)
         self.hit_tokens += num_external_tokens
@@ -156,23 +166,23 @@ class SchedulerSide:
             tracked.loading = ticket
             self._unreported.add(request.request_id)
             self._held[request.request_id] = tracked.local + count
-            self._announce(tracked, ticket, count)
+            self._announce(tracked, ticket, len(targets))
 
     def build(self, output: Any) -> KVortexMetadata:
         """The plans of the step that was just scheduled."""
         step, self._step = self._step, KVortexMetadata()
-        full: list[tuple[_Tracked, int]] = []
+        full: list[_Filled] = []
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is None:
                 continue
-            tracked.blocks = list(new.block_ids[0])
+            tracked.blocks = self._tables.listed(new.block_ids)
             self._held.pop(new.req_id, None)
-            step.written.extend(tracked.blocks[tracked.local :])
+            step.written.extend(self._tables.beyond(tracked.blocks, tracked.local))
             tokens = new.num_computed_tokens + scheduled[new.req_id]
             if tokens >= tracked.next_full:
-                full.append((tracked, tokens))
+                full.append((tracked, new.num_computed_tokens, tokens))
         self._go_on(output.scheduled_cached_reqs, scheduled, step, full)
         self._running = len(scheduled)
         if full:
@@ -185,9 +195,7 @@ class SchedulerSide:
         self._poll()
         return step
 
-    def _go_on(
-        self, cached: Any, scheduled: dict[str, int], step: KVortexMetadata, full: list[tuple[_Tracked, int]]
-    ) -> None:
+    def _go_on(self, cached: Any, scheduled: dict[str, int], step: KVortexMetadata, full: list[_Filled]) -> None:
         """Takes in what requests that ran before were given; for hundreds of them in every step."""
         all_tracked, resumed = self._tracked, cached.resumed_req_ids
         for name, new, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
@@ -195,19 +203,19 @@ class SchedulerSide:
             if tracked is None:
                 continue
             if new is not None:
-                ids = new[0]
+                ids = self._tables.listed(new)
                 if name in resumed:
                     # The table is new, and everything in it was computed or found since.
-                    tracked.blocks, tracked.keeps = list(ids), True
+                    tracked.blocks, tracked.keeps = ids, True
                     self._held.pop(name, None)
                     tracked.start_over(self._block_tokens)
-                    step.written.extend(ids[tracked.local :])
+                    step.written.extend(self._tables.beyond(ids, tracked.local))
                 else:
                     tracked.blocks.extend(ids)
                     step.written.extend(ids)
             tokens = computed + scheduled[name]
             if tokens >= tracked.next_full:
-                full.append((tracked, tokens))
+                full.append((tracked, computed, tokens))
 
     def finished(self, request: Any) -> bool:
         """The request has ended. Whether the ranks will still report a load into its blocks.
@@ -330,27 +338,29 @@ class SchedulerSide:
         found = self._loading.get(keys[:KEY])
         return found is not None and time.monotonic() < found[1]
 
-    def _plan_store(self, full: list[tuple[_Tracked, int]]) -> Store | None:
+    def _plan_store(self, full: list[_Filled]) -> Store | None:
         if not self._is_ready():
             return None
         keys: list[bytes] = []
         blocks = block_ids()
-        for tracked, tokens in full:
+        for tracked, computed, tokens in full:
             packed = self._keys_of(tracked)
-            first = tracked.offered
-            end = min(tokens // self._block_tokens, len(packed) // KEY, len(tracked.blocks))
-            if not tracked.keeps:
-                tracked.next_full = (end + 1) * self._block_tokens
+            first, behind = tracked.offered, self._behind(tracked, tokens)
+            done = tokens // self._block_tokens - behind
+            end = min(done, len(packed) // KEY, self._tables.length(tracked.blocks))
+            if not tracked.keeps or done <= first:
+                tracked.next_full = (max(end, first) + 1 + behind) * self._block_tokens
             elif end > first:
                 keys.append(packed[first * KEY : end * KEY])
-                blocks.extend(tracked.blocks[first:end])
-                tracked.offered, tracked.next_full = end, (end + 1) * self._block_tokens
-        planned = self._planner.plan_store(b"".join(keys)) if keys else None
-        if planned is None:
-            return None
-        ticket, positions, slots = planned
-        picked = array("I", positions)
-        return Store(ticket, slots, block_ids(blocks[at] for at in picked))
+                blocks.extend(self._tables.kept(tracked.blocks, first, end, computed))
+                tracked.offered, tracked.next_full = end, (end + 1 + behind) * self._block_tokens
+        return self._tables.plan_store(self._planner, b"".join(keys), blocks) if keys else None
+
+    def _behind(self, tracked: _Tracked, tokens: int) -> int:
+        """Full blocks that are not stored yet: the last one while tokens are generated, where a drafter's layers look
+        ahead. What they keep of its end is computed again when the drafted token behind it is rejected.
+        """
+        return int(self._tables.ahead and tokens > tracked.request.num_prompt_tokens)
 
     def _end_lease(self, tracked: _Tracked) -> None:
         if tracked.lease is not None:

@@ -34,7 +34,7 @@ class WorkerSide:
         self._fenced = self._loaded = self._stored = True
         self._background: dict[int, Load] = {}
         self._unstarted: list[int] = []
-        self._errors: set[int] = set()
+        self._failed: list[Load] = []
 
     def begin(self, step: KVortexMetadata) -> None:
         """A step begins; called again for the same step it does nothing."""
@@ -135,13 +135,13 @@ class WorkerSide:
                 continue
             received.add(load.request_id)
             if not ok:
-                self._errors.update(load.blocks)
+                self._failed.append(load)
         return received
 
-    def take_errors(self) -> set[int]:
-        """Blocks that a load in the background did not fill, since the last call."""
-        errors, self._errors = self._errors, set()
-        return errors
+    def take_failed(self) -> list[Load]:
+        """Loads in the background that left blocks unfilled, since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def shutdown(self) -> None:
         """Waits for the copies under way."""

@@ -8,12 +8,15 @@
 
 mod below;
 mod board;
+mod groups;
+mod hybrid;
 mod mover;
 mod planner;
 mod rows;
 mod ticket;
 
 pub use board::{RankBoard, Seat};
+pub use groups::{Group, Groups};
 pub use kvortex_mem::copy::gpu::Lane;
 pub use mover::RankMover;
 pub use planner::{RankPlanner, Stored};

@@ -10,6 +10,8 @@ use kvortex_mem::copy::gpu::Lane;
 
 use super::below::Below;
 use super::board::{RankBoard, Seat};
+use super::groups::Groups;
+use super::hybrid;
 use super::rows::{OpenRows, Rows};
 use super::ticket::{Ended, RankTicket};
 use crate::error::{Error, Result};
@@ -189,6 +191,17 @@ impl RankPlanner {
     pub fn lease_prefix(&self, keys: Keys<'_>) -> Result<Lease> {
         self.owner.check()?;
         Ok(self.planner.index().lease_prefix(keys))
+    }
+
+    /// As `lease_prefix`, of several groups: the blocks of the longest hit, 0 for none, and a lease on what it needs beyond the
+    /// `first` blocks that the engine has, block after block, of each the groups in order. `hashes` name the blocks from `first`
+    /// on; the hit has at most `most`.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn lease_groups(&self, groups: &Groups, hashes: Keys<'_>, first: usize, most: usize) -> Result<(usize, Lease)> {
+        self.owner.check()?;
+        Ok(hybrid::lease(self.planner.index(), groups, hashes, first, most))
     }
 
     /// Plans to load the blocks of `lease`, which is held until every rank has them, inside a step or in the background.

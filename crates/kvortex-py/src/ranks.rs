@@ -74,6 +74,7 @@ impl PyRankPlanner {
 
     /// The blocks of the longest hit of all `groups`, 0 for none, and a lease on what it needs beyond the `first` that the engine
     /// has. `hashes` name the blocks from `first` on; the hit has at most `most`.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the request, by name")]
     fn lease_groups(
         &self,
         py: Python<'_>,
@@ -127,6 +128,7 @@ impl PyRankPlanner {
 
     /// As `plan_store`, of several groups: for each of `hashes` one block of each, packed, where 0 is none. Returns the ticket,
     /// the blocks to be stored and their slots, packed.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the blocks, by name")]
     #[pyo3(signature = (groups, hashes, blocks, rests_on=Vec::new()),
            text_signature = "($self, groups, hashes, blocks, rests_on=())")]
     fn plan_store_groups<'py>(

@@ -22,15 +22,15 @@ def cache_of(value):
     return array, kvortex.PagedCache([array])
 
 
-def mover_of(engine, rank, rows):
+def mover_of(engine, rank, rows, ranks=2):
     config = kvortex.KVortexConfig(cpu_pool_size_bytes=POOL, device="none")
-    return kvortex.RankMover(config, engine, 2, rank, block_size_bytes=BLOCK_BYTES, namespace=NAMESPACE, rows=rows)
+    return kvortex.RankMover(config, engine, ranks, rank, block_size_bytes=BLOCK_BYTES, namespace=NAMESPACE, rows=rows)
 
 
-def planner_of(engine, rows):
+def planner_of(engine, rows, ranks=2):
     return kvortex.RankPlanner(
         engine,
-        2,
+        ranks,
         cpu_pool_size_bytes=POOL,
         block_size_bytes=BLOCK_BYTES,
         namespace=NAMESPACE,
@@ -100,6 +100,47 @@ def test_each_rank_loads_from_its_row_or_from_the_one(ranks, rows, loaded):
     found = [ask(pipe, "load", *load, [3, 4, 5])[3:] for pipe in pipes]
     assert found == [[value] * 3 for value in loaded]
     assert planner.poll() == [(load[0], True)]
+
+
+def test_groups_of_one_rank_load_what_each_still_reads():
+    engine, hashes = str(uuid.uuid4()), keys_of(3, "groups")
+    planner, mover = planner_of(engine, "private", 1), mover_of(engine, 0, "private", 1)
+    groups = kvortex.BlockGroups(16, [0, 17])
+    assert (len(groups), groups.first_read(0, 3), groups.first_read(1, 3)) == (2, 0, 2)
+    assert groups.keys(0, hashes) == b"".join(hashes)
+    assert groups.keys(1, hashes) != groups.keys(0, hashes)
+    array, cache = cache_of(0)
+    array[:] = np.arange(BLOCKS)[:, None, None]
+    assert planner.ready()
+    # Of the second group the first block is none.
+    blocks = np.array([1, 0, 2, 3, 4, 5], np.uint32)
+    ticket, stored, slots = planner.plan_store_groups(groups, b"".join(hashes), blocks.tobytes())
+    assert np.frombuffer(stored, np.uint32).tolist() == [1, 2, 3, 4, 5]
+    mover.store(ticket, slots, cache.blocks(np.frombuffer(stored, np.uint32).tolist()))
+    kept(planner, hashes).release()
+    hit, lease = planner.lease_groups(groups, b"".join(hashes[1:]), 1, 3)
+    assert (hit, len(lease)) == (3, 3), "the second and third block of the first group, the third of the second"
+    load, slots = planner.plan_load(lease)
+    array[:] = 0
+    mover.load(load, slots, cache.blocks([0, 1, 2]))
+    assert array[:, 0, 0].tolist() == [2, 4, 5, 0, 0, 0]
+    mover.shutdown()
+
+
+def test_what_is_wrong_with_groups_is_said():
+    groups, planner = kvortex.BlockGroups(16, [0, 17]), planner_of(str(uuid.uuid4()), "private", 1)
+    for wrong, message in {
+        lambda: kvortex.BlockGroups(16, []): "give at least one of each",
+        lambda: kvortex.BlockGroups(0, [0]): "give at least one of each",
+        lambda: kvortex.BlockGroups(16, [0], [1]): "look_ahead names group 1 of 1",
+        lambda: groups.keys(2, b""): "group is 2 of 2",
+        lambda: groups.first_read(-1, 0): "group is -1",
+        lambda: planner.plan_store_groups(groups, b"k" * 32, b"1234"): "1 blocks for 1 keys of 2 groups",
+        lambda: planner.plan_store_groups(groups, b"k" * 32, b"123"): "blocks has 3 bytes",
+        lambda: planner.lease_groups(groups, b"k", 0, 1): "packed keys must be a multiple of 32 bytes",
+    }.items():
+        with pytest.raises(kvortex.InvalidArgumentError, match=message):
+            wrong()
 
 
 def test_rows_have_three_names():

@@ -100,10 +100,13 @@ def test_a_run_is_replayed_from_its_seed(config, model_folder):
     assert Run(model_folder, options, config).go() == Run(model_folder, options, config).go()
 
 
+@pytest.mark.parametrize("shape", ["one group", "uneven"] if NEW else ["one group"])
 @pytest.mark.parametrize("order", FITTING)
-def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(config, model_folder, monkeypatch, order):
+def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(
+    config, model_folder, monkeypatch, order, shape
+):
     logging.disable(logging.CRITICAL)
-    run = Run(model_folder, Options(0, order=order), config)
+    run = Run(model_folder, Options(0, order=order, shape=shape), config)
     monkeypatch.setattr(run.mover, "load", run.mover.fail_later)
     monkeypatch.setattr(run.worker, "_check", lambda *_: None)
     with pytest.raises(RuntimeError, match="which a step was promised, failed"):

@@ -222,8 +222,8 @@ def engine(model, **args):
 
 def layout(kind=FullAttentionSpec, groups=(("a", "b"),), **more):
     spec = kind(**{"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32} | more)
-    groups = tuple(LayerGroup(names) for names in groups)
-    return CacheLayout({"a": spec, "b": spec}, 100, spec.block_size, 2 * spec.page_size_bytes, False, groups)
+    groups, page = tuple(LayerGroup(names, spec=repr(spec)) for names in groups), spec.page_size_bytes
+    return CacheLayout({"a": spec, "b": spec}, {"a": page, "b": page}, 100, spec.block_size, 2 * page, False, groups)
 
 
 def namespace(config, described=None, version="0.32.0"):

@@ -104,6 +104,23 @@ def test_a_hook_that_is_left_out_fails_the_step():
         hooks.end()
 
 
+def test_what_a_layer_without_a_hook_shares_is_awaited_up_front():
+    """As layers of several groups do: one that nobody hears of may be computed before the other."""
+    order = {"a": 0, "b": 1, "c": 2, "other a": 0, "other b": 1}
+    hooks, parts = LayerHooks(order, [10, 20, 30]), Parts()
+    assert not hooks.may_split(context())
+    for name in ("a", "other a", "b", "c"):
+        hooks.computes(name)
+    hooks.end()
+    assert hooks.may_split(context())
+    hooks.split(parts, [1, 2, 3])
+    assert parts.held == [1]
+    for name in ("other a", "a", "b", "c"):
+        hooks.computes(name)
+    assert parts.held == [1, 0, 2]
+    hooks.end()
+
+
 def test_a_step_that_loads_nothing_may_leave_hooks_out():
     hooks = taught()
     hooks.computes("a")

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -236,6 +237,16 @@ def same(some, others):
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_engine_wrote_is_what_it_reads_in_other_blocks(name):
     assert same(*moved(CASES[name]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scheduler_knows_the_same_blocks(name):
+    """It is told the specification of one layer only where those of a type differ in size."""
+    worker = Caches(CASES[name])
+    scheduler = layouts.describe(generate_scheduler_kv_cache_config([worker.config]))
+    assert scheduler.block_size_bytes == worker.layout.block_size_bytes == worker.paged().block_size_bytes
+    assert (scheduler.layer_bytes, scheduler.groups) == (worker.layout.layer_bytes, worker.layout.groups)
+    assert scheduler.replicated == worker.layout.replicated
 
 
 def blocks_for_what_is_outside(view):

@@ -148,7 +148,7 @@ def seen(config, blocks, layout="NHD", change=lambda caches: caches):
     config.kv_transfer_config.engine_id = f"seen-{blocks}-{layout}"
     caches = harness.kv_cache_config(blocks)
     described = layouts.describe(caches)
-    registered, _ = rote.kv_tensors(blocks, layout)
+    registered, _ = rote.kv_tensors(blocks, layout, rote.SHAPES["one group"])
     registered = change(registered)
     cache = layouts.paged_cache(described, registered, config)
     return disks.seen_layout(described, registered, cache, config)
@@ -163,17 +163,21 @@ def test_what_lies_otherwise_is_another_layout(config):
     assert other_order != same, "layers follow each other otherwise"
 
 
+WHOLE = SimpleNamespace(is_whole=True)
+
+
 def test_a_disk_is_for_names_that_survive(config, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     identity = SimpleNamespace(survives_restart=True)
-    assert disks.why_off(identity, config) is None
-    assert disks.why_off(SimpleNamespace(survives_restart=False), config) == disks.WEIGHTS_UNKNOWN
+    assert disks.why_off(identity, config, WHOLE) is None
+    assert disks.why_off(SimpleNamespace(survives_restart=False), config, WHOLE) == disks.WEIGHTS_UNKNOWN
     monkeypatch.delenv("PYTHONHASHSEED")
     monkeypatch.setattr(disks.kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None, raising=False)
-    assert disks.why_off(identity, config) == disks.ROOT_IS_RANDOM
+    assert disks.why_off(identity, config, WHOLE) == disks.ROOT_IS_RANDOM
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)
-    assert "folders of its own" in disks.why_off(identity, config)
+    assert "folders of its own" in disks.why_off(identity, config, WHOLE)
+    assert disks.why_off(identity, config, SimpleNamespace(is_whole=False)) == disks.NOT_WHOLE
 
 
 def test_rows_are_shared_for_a_disk_only(config, tmp_path):

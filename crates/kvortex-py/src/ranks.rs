@@ -83,6 +83,7 @@ impl PyRankPlanner {
 
     /// The blocks of the longest hit of all `groups`, 0 for none, and a lease on what it needs beyond the `first` that the engine
     /// has. `hashes` name the blocks from `first` on; the hit has at most `most`.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the request, by name")]
     fn lease_groups(
         &self,
         py: Python<'_>,
@@ -94,7 +95,7 @@ impl PyRankPlanner {
         entry(py, || {
             let hashes = PackedKeys::from_python(hashes)?;
             let (groups, first, most) = (groups.get().groups(), whole("first", first)?, whole("most", most)?);
-            let (hit, lease) = detached(py, || self.0.lease_groups(groups, hashes.keys(), first, most))?;
+            let (hit, lease) = detached(py, || self.planner().lease_groups(groups, hashes.keys(), first, most))?;
             Ok((hit, PyLease::of_ranks(lease)))
         })
     }
@@ -136,6 +137,7 @@ impl PyRankPlanner {
 
     /// As `plan_store`, of several groups: for each of `hashes` one block of each, packed, where 0 is none. Returns the ticket,
     /// the blocks to be stored and their slots, packed.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the blocks, by name")]
     #[pyo3(signature = (groups, hashes, blocks, rests_on=Vec::new()),
            text_signature = "($self, groups, hashes, blocks, rests_on=())")]
     fn plan_store_groups<'py>(
@@ -153,7 +155,7 @@ impl PyRankPlanner {
             let groups = groups.get().groups();
             let (stored, blocks) = detached(py, || {
                 let (keys, blocks) = groups.pick(hashes.keys(), &blocks)?;
-                Ok((self.0.plan_store(Keys::from_slices(&keys), &rests_on)?, blocks))
+                Ok((self.planner().plan_store(Keys::from_slices(&keys), &rests_on)?, blocks))
             })?;
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));

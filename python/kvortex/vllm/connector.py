@@ -91,7 +91,7 @@ class KVortexConnector(KVConnectorBase_V1):
 
     def _has_disk(self, identity: EngineIdentity) -> bool:
         """Whether blocks go to a disk. Says once why not if one is configured."""
-        why_not = disks.why_off(identity, self._vllm) if self._config.disk_paths else ""
+        why_not = disks.why_off(identity, self._vllm, self._layout) if self._config.disk_paths else ""
         if why_not:
             log.warning("the disk tier stays off: %s", why_not)
         return why_not is None

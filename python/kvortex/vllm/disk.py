@@ -36,12 +36,18 @@ FORGOTTEN = (
     "everything was forgotten, as before sleep or new weights, and nobody knows which weights the engine has now; "
     "what was on the disk is gone, and the next start uses it again"
 )
+NOT_WHOLE = (
+    "a request does not keep every block of this model, which has sliding windows or several KV-cache groups, and the "
+    "disk is for those of which it does; start vLLM with --disable-hybrid-kv-cache-manager, if the model allows it"
+)
 
 
-def why_off(identity: EngineIdentity, vllm_config: VllmConfig) -> str | None:
+def why_off(identity: EngineIdentity, vllm_config: VllmConfig, layout: CacheLayout) -> str | None:
     """Why blocks may not go to the disk that is configured, and what to do; None if they may."""
     if not identity.survives_restart:
         return WEIGHTS_UNKNOWN
+    if not layout.is_whole:
+        return NOT_WHOLE
     if not os.environ.get("PYTHONHASHSEED") and getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None) is None:
         return ROOT_IS_RANDOM
     if vllm_config.parallel_config.data_parallel_size > 1:

@@ -26,6 +26,8 @@ class LayerGroup:
     """Tokens, the newest among them, whose blocks vLLM keeps; 0 for all."""
     looks_ahead: bool = False
     """Whether a drafter's layers are among them: what those keep of a position depends on the next token too."""
+    spec: str = ""
+    """The specification that the scheduler's process has of them: of layers of one type that differ, the first's."""
 
 
 class Tables:

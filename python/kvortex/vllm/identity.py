@@ -189,7 +189,7 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
         block_size_bytes=layout.block_size_bytes,
         tensor_parallel_size=parallel.tensor_parallel_size,
         layers=[
-            f"{index}: {name}: {layout.layers[name]!r}"
+            f"{index}: {name}: {layout.layer_bytes[name]}: {group.spec}"
             for index, group in enumerate(layout.groups)
             for name in sorted(group.layers)
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class CacheLayout:
     """What the planner and every rank know of the KV cache before its memory exists."""
 
     layers: Mapping[str, KVCacheSpec]
+    layer_bytes: Mapping[str, int]
+    """Bytes of each layer's part of a block, known in every process."""
     num_blocks: int
     block_tokens: int
     """Tokens of one block of the engine."""
@@ -83,16 +85,18 @@ def describe(config: KVCacheConfig) -> CacheLayout:
             _refuse_unknown(name, spec)
     _refuse_together(config)
     layers = {name: spec for specs in by_group for name, spec in specs.items()}
+    layer_bytes = _layer_bytes(config, by_group)
     return CacheLayout(
         layers=layers,
+        layer_bytes=layer_bytes,
         num_blocks=config.num_blocks,
         block_tokens=groups[0].kv_cache_spec.block_size,
         # A block number means the same bytes in every group. What a group with fewer layers leaves out of them is kept
         # with the rest.
-        block_size_bytes=max(sum(page_bytes(spec) for spec in specs.values()) for specs in by_group),
+        block_size_bytes=max(sum(layer_bytes[name] for name in specs) for specs in by_group),
         replicated=all(isinstance(spec, MLAAttentionSpec) for spec in layers.values()),
         groups=tuple(
-            LayerGroup(tuple(specs), _window(specs), bool(getattr(group, "is_eagle_group", False)))
+            LayerGroup(tuple(specs), _window(specs), bool(getattr(group, "is_eagle_group", False)), repr(_first(specs)))
             for group, specs in zip(groups, by_group, strict=True)
         ),
     )
@@ -102,6 +106,37 @@ def _specs_of(group: KVCacheGroupSpec) -> dict[str, KVCacheSpec]:
     """The specification of each layer of a group."""
     specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
     return dict(specs or dict.fromkeys(group.layer_names, group.kv_cache_spec))
+
+
+def _first(specs: Mapping[str, KVCacheSpec]) -> KVCacheSpec:
+    """What the scheduler's process is told of layers of one type that differ in size."""
+    return next(iter(specs.values()))
+
+
+def _layer_bytes(config: KVCacheConfig, by_group: Sequence[Mapping[str, KVCacheSpec]]) -> dict[str, int]:
+    """Bytes of each layer's part of a block, from what every process is told: the first specification of a group, and
+    how far apart the layers lie, for those that have other sizes.
+    """
+    apart, found = _pages_apart(config), {}
+    for specs in by_group:
+        first = _first(specs)
+        alike = len({apart.get(name) for name in specs}) == 1
+        for name in specs:
+            found[name] = page_bytes(first) if alike or apart[name] == first.page_size_bytes else apart[name]
+    return found
+
+
+def _pages_apart(config: KVCacheConfig) -> dict[str, int]:
+    """Bytes from one layer's part of a block to the next one's."""
+    apart: dict[str, int] = {}
+    for tensor in config.kv_cache_tensors:
+        if hasattr(tensor, "shared_by"):
+            apart |= dict.fromkeys(tensor.shared_by, tensor.size // config.num_blocks)
+        elif tensor.layer_stride >= tensor.block_stride:
+            apart |= dict.fromkeys(tensor.layers, tensor.layer_stride // config.num_blocks)
+        else:
+            apart |= dict.fromkeys(tensor.layers, tensor.layer_stride)
+    return apart
 
 
 def _window(specs: Mapping[str, KVCacheSpec]) -> int:

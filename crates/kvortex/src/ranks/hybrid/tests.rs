@@ -22,8 +22,11 @@ fn index_of(keys: &[[u8; KEY_BYTES]]) -> Arc<Index> {
     index
 }
 
-/// What a hit of `hit` blocks needs beyond `first`: (block, group) pairs, and what must be there besides.
-fn reads(groups: &Groups, first: usize, hit: usize) -> (Vec<(usize, usize)>, Vec<(usize, usize)>) {
+/// Block of the tokens, and group.
+type Place = (usize, usize);
+
+/// What a hit of `hit` blocks loads beyond `first`, and what must be there besides.
+fn reads(groups: &Groups, first: usize, hit: usize) -> (Vec<Place>, Vec<Place>) {
     let count = groups.all().len();
     let sees = |group: usize, block: usize| {
         let window = groups.all()[group].window;

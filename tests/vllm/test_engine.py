@@ -54,7 +54,7 @@ def test_tokens_are_those_that_were_computed(weights_folder, kind):
 
 @pytest.mark.skipif(OLD, reason="with a connector this vLLM has one group")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["one process", "one process, async"])
+@pytest.mark.parametrize("kind", ["one process", "two ranks, async"])
 def test_tokens_of_a_model_with_sliding_windows_are_those_that_were_computed(gemma_folder, kind):
     found, log = run(gemma_folder, *KINDS[kind])
     check(found)

@@ -75,7 +75,7 @@ class Tables:
 
     def targets(self, ids: Sequence[list[int]], first: int, end: int) -> list[int]:
         """Where a hit of ``end`` blocks is loaded beyond ``first``, in the order of its lease."""
-        return self.beyond(self.listed([table[:end] for table in ids]), first)
+        return self.beyond(self.listed([table[first:end] for table in ids]), 0)
 
     def taken(self, lease: Lease, offered: int, count: int) -> int:
         """Blocks of a lease on ``offered`` blocks of tokens that the first ``count`` take; 0 if those need others."""

@@ -15,63 +15,8 @@ use kvortex::tier::{Put, Tier};
 use kvortex_mem::file::{Call, Effect, Fault, FaultPlan};
 
 const EIO: i32 = 5;
-const EINVAL: i32 = 22;
 const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
-const EMFILE: i32 = 24;
-const ESTALE: i32 = 116;
-const ERRNOS: [i32; 6] = [EIO, EINVAL, ENOSPC, EROFS, EMFILE, ESTALE];
-
-/// Puts, reads, forgets and reads again. Whatever fails on the way, no byte is wrong and all slots come back.
-fn life(folder: &Folder, plan: &Arc<FaultPlan>) {
-    let world = World::new(64, BLOCK);
-    if let Ok(tier) = DiskTier::open(folder.faulty(8, plan), &world.arena, IDENTITY) {
-        let _ = world.put(&tier, 0..6);
-        tier.flush(PATIENCE);
-        world.get(&tier, &[0, 1, 2, 3, 4, 5], PATIENCE);
-        let _ = world.put(&tier, 6..12);
-        tier.flush(PATIENCE);
-        world.get(&tier, &[4, 8, 11, 99], PATIENCE);
-        tier.clear();
-        world.get(&tier, &[4, 8], PATIENCE);
-        assert!(tier.stop(PATIENCE));
-    }
-    assert_eq!(world.arena.slots().free(), world.arena.slots().total());
-}
-
-#[test]
-fn any_call_may_fail_once_or_from_then_on() {
-    let counting = Arc::new(FaultPlan::default());
-    life(&Folder::quick("count"), &counting);
-    for call in Call::ALL {
-        let calls = counting.count(call);
-        assert!(calls > 0 || matches!(call, Call::Truncate), "{call:?} is never made");
-        for first in 0..calls {
-            let errno = ERRNOS[first as usize % ERRNOS.len()];
-            let rest = if calls <= 12 { &ERRNOS[..] } else { &[errno][..] };
-            for &errno in rest {
-                for count in [1, u64::MAX] {
-                    let plan = Arc::new(FaultPlan::default());
-                    plan.set(&[Fault { call, first, count, effect: Effect::Errno(errno) }]);
-                    let folder = Folder::quick("nth");
-                    life(&folder, &plan);
-                    // What it leaves behind serves right bytes or none.
-                    life(&folder, &Arc::new(FaultPlan::default()));
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn short_counts_change_nothing() {
-    for short in [1, 512, 4096] {
-        let plan = Arc::new(FaultPlan::default());
-        plan.always(Call::Write, Effect::Short(short));
-        plan.always(Call::Read, Effect::Short(short));
-        life(&Folder::new("short"), &plan);
-    }
-}
 
 /// Waits until a put is kept.
 fn resumes(world: &World, tier: &dyn Tier, id: usize) -> Duration {

@@ -97,6 +97,12 @@ impl DiskTier {
         Ok(this)
     }
 
+    /// How each folder is read and written, found out when it was opened: `io_uring` or `psync`.
+    #[must_use]
+    pub fn engines(&self) -> Vec<&'static str> {
+        self.volumes.iter().map(|volume| volume.opened().io.name()).collect()
+    }
+
     /// The volume to write next: the one with the most room in its queue.
     fn roomiest(&self, rooms: &mut [usize], bytes: usize) -> Option<usize> {
         let (at, room) = rooms.iter_mut().enumerate().max_by_key(|(_, room)| **room)?;

@@ -48,6 +48,8 @@ pub(super) struct Volume {
     pub(super) changed: Condvar,
     pub(super) writes: Mutex<Breaker>,
     pub(super) reads: Mutex<Breaker>,
+    /// Of flushes and of making the folder anew; nothing waits for it.
+    pub(super) upkeep: Mutex<Breaker>,
     pub(super) counts: Counts,
     /// Set when a clear could not be made to last: nothing is kept or found any more.
     off: AtomicBool,
@@ -121,6 +123,7 @@ impl Volume {
             changed: Condvar::new(),
             writes: Mutex::new(Breaker::new(1)),
             reads: Mutex::new(Breaker::new(READ_PATIENCE)),
+            upkeep: Mutex::new(Breaker::new(1)),
             counts: Counts::default(),
             off: AtomicBool::new(false),
         });
@@ -401,7 +404,8 @@ impl Volume {
         stats.late += read(&self.counts.late);
         stats.recovered += read(&opened.recovered) as usize;
         stats.scanning |= opened.scanning.load(Ordering::Relaxed);
-        stats.failing |= self.is_off() || self.writes.lock().is_failing() || self.reads.lock().is_failing();
+        let failing = |breaker: &Mutex<Breaker>| breaker.lock().is_failing();
+        stats.failing |= self.is_off() || [&self.writes, &self.reads, &self.upkeep].into_iter().any(failing);
     }
 }
 

@@ -97,8 +97,9 @@ impl Keeper {
         let opened = volume.opened();
         if now >= self.sync {
             self.sync = now + SYNC_EVERY;
-            sync(volume, &opened);
-            if !opened.file.is_linked().unwrap_or(true) {
+            if opened.file.is_linked().unwrap_or(true) {
+                sync(volume, &opened);
+            } else {
                 reopen(volume);
             }
         }
@@ -148,9 +149,12 @@ fn sync(volume: &Volume, opened: &Opened) {
     if !opened.dirty.swap(false, Ordering::Relaxed) {
         return;
     }
-    if let Err(error) = opened.file.sync() {
-        add(&volume.counts.errors, 1);
-        volume.told(&volume.writes, false, &format!("flushed ({error})"));
+    match opened.file.sync() {
+        Ok(()) => volume.told(&volume.upkeep, true, "flushed"),
+        Err(error) => {
+            add(&volume.counts.errors, 1);
+            volume.told(&volume.upkeep, false, &format!("flushed ({error})"));
+        }
     }
 }
 
@@ -164,12 +168,13 @@ fn reopen(volume: &Arc<Volume>) {
             opened.scanning.store(false, Ordering::Relaxed);
             opened.index.lock().clear();
             volume.replace(opened);
+            volume.told(&volume.upkeep, true, "made anew");
             // Its ring has work under way that must end by itself.
             old.io.stop(Duration::ZERO);
         }
         Err(error) => {
             old.index.lock().clear();
-            volume.told(&volume.writes, false, &format!("made anew ({error})"));
+            volume.told(&volume.upkeep, false, &format!("made anew ({error})"));
         }
     }
 }

@@ -4,7 +4,6 @@
 mod admission;
 mod geometry;
 mod header;
-mod health;
 mod index;
 mod inspect;
 mod open;

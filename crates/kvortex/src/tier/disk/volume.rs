@@ -10,12 +10,12 @@ use parking_lot::RwLock;
 
 use super::geometry::Geometry;
 use super::header::{Common, HEADER_BYTES};
-use super::health::{Breaker, Turn};
 use super::index::{DiskIndex, Entry};
 use super::open;
 use crate::error::Result;
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
+use crate::tier::guard::breaker::{Breaker, Turn};
 use crate::tier::{Identity, Landing, Offer, Put, TierStats, Want};
 
 /// Read faults in a row after which nothing is read for a while.

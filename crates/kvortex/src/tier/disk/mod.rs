@@ -109,19 +109,20 @@ impl DiskTier {
         Some(at)
     }
 
-    fn put_one(&self, offer: Offer, rooms: &mut [usize], bytes: usize) -> Put {
-        if self.volumes.iter().any(|volume| volume.knows(&offer.key)) {
-            return Put::Present;
+    /// Whether and where to write a block: the room for it is taken then.
+    fn place(&self, key: &BlockKey, rooms: &mut [usize], bytes: usize) -> (Put, Option<usize>) {
+        if self.volumes.iter().any(|volume| volume.knows(key)) {
+            return (Put::Present, None);
         }
-        if !self.gate.lock().admits(&offer.key) {
+        if !self.gate.lock().admits(key) {
             add(&self.refused, 1);
-            return Put::Refused;
+            return (Put::Refused, None);
         }
         match self.roomiest(rooms, bytes) {
-            Some(at) => self.volumes[at].put(offer),
-            None => {
+            Some(at) if self.volumes[at].admit(key) => (Put::Queued, Some(at)),
+            _ => {
                 add(&self.dropped, 1);
-                Put::Dropped
+                (Put::Dropped, None)
             }
         }
     }
@@ -143,7 +144,20 @@ impl Tier for DiskTier {
         // Or room for the tail of a prompt could be made by forgetting its head.
         self.volumes.iter().for_each(|volume| volume.touch(offers.iter().rev().map(|offer| &offer.key)));
         let bytes = self.volumes.first().map_or(0, |volume| volume.stride());
-        offers.into_iter().map(|offer| self.put_one(offer, &mut rooms, bytes)).collect()
+        let eras: Vec<u64> = self.volumes.iter().map(|volume| volume.era()).collect();
+        let mut batches: Vec<Vec<Offer>> = self.volumes.iter().map(|_| Vec::new()).collect();
+        let place = |offer: Offer| {
+            let (put, at) = self.place(&offer.key, &mut rooms, bytes);
+            if let Some(at) = at {
+                batches[at].push(offer);
+            }
+            put
+        };
+        let puts = offers.into_iter().map(place).collect();
+        for ((volume, era), batch) in self.volumes.iter().zip(eras).zip(batches) {
+            volume.enqueue(era, batch);
+        }
+        puts
     }
 
     fn get(&self, wants: Vec<Want>, deadline: Instant) {

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
 use crate::tier::guard::breaker::{Breaker, Turn};
-use crate::tier::{Identity, Landing, Offer, Put, TierStats, Want};
+use crate::tier::{Identity, Landing, Offer, TierStats, Want};
 
 /// Read faults in a row after which nothing is read for a while.
 const READ_PATIENCE: u32 = 4;
@@ -87,6 +87,8 @@ pub(super) struct WriteQueue {
     /// Of offers that wait or are being written.
     pub(super) bytes: usize,
     pub(super) in_flight: usize,
+    /// Counts clears.
+    pub(super) era: u64,
     pub(super) closed: bool,
     /// The thread has ended.
     pub(super) over: bool,
@@ -192,21 +194,43 @@ impl Volume {
         geometry.segments_in(self.options.max_bytes) as usize * geometry.segment_slots as usize
     }
 
-    /// Queues a block.
-    pub(super) fn put(&self, offer: Offer) -> Put {
+    /// How often it was cleared.
+    pub(super) fn era(&self) -> u64 {
+        self.queue.lock().era
+    }
+
+    /// Takes room in the queue for a block that [`enqueue`](Self::enqueue) brings.
+    pub(super) fn admit(&self, key: &BlockKey) -> bool {
         let bytes = self.arena.stride();
         let mut queue = self.queue.lock();
         if queue.closed || queue.bytes + bytes > self.options.queue_bytes {
-            drop(queue);
-            add(&self.counts.dropped, 1);
-            return Put::Dropped;
+            return false;
         }
-        queue.keys.insert(offer.key);
+        queue.keys.insert(*key);
         queue.bytes += bytes;
-        queue.offers.push_back(offer);
+        true
+    }
+
+    /// Queues the blocks of one batch, the tail first, so that it is written first and goes first. What was offered before a clear,
+    /// which `era` tells, is dropped.
+    pub(super) fn enqueue(&self, era: u64, batch: Vec<Offer>) {
+        if batch.is_empty() {
+            return;
+        }
+        let mut queue = self.queue.lock();
+        let dropped = if queue.closed || queue.era != era {
+            queue.bytes -= batch.len() * self.arena.stride();
+            for offer in &batch {
+                queue.keys.remove(&offer.key);
+            }
+            batch
+        } else {
+            queue.offers.extend(batch.into_iter().rev());
+            Vec::new()
+        };
         drop(queue);
         self.changed.notify_all();
-        Put::Queued
+        add(&self.counts.dropped, dropped.len() as u64);
     }
 
     /// Takes what it has out of `wants`, and starts to read it.
@@ -330,6 +354,7 @@ impl Volume {
         let dropped: Vec<Offer> = {
             let mut queue = self.queue.lock();
             queue.keys.clear();
+            queue.era += 1;
             let dropped: Vec<Offer> = queue.offers.drain(..).collect();
             queue.bytes -= dropped.len() * self.arena.stride();
             open::renew(&opened);

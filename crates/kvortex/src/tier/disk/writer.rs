@@ -207,8 +207,8 @@ fn write(volume: &Arc<Volume>, offers: Vec<Offer>, common: Common) {
     }
     let opened = volume.opened();
     let keys = offers.iter().map(|offer| offer.key).collect();
-    // The tail first: of one batch it is the first to go.
-    let blocks: Vec<Block> = offers.into_iter().rev().filter_map(|offer| place(volume, &opened, offer)).collect();
+    // The tail of a batch comes first here, and is the first to go.
+    let blocks: Vec<Block> = offers.into_iter().filter_map(|offer| place(volume, &opened, offer)).collect();
     let sheet = Sheet {
         volume: Arc::clone(volume),
         opened,

@@ -80,6 +80,19 @@ fn the_tail_of_a_long_prompt_goes_before_its_head() {
 }
 
 #[test]
+fn a_prompt_that_has_gone_on_loses_its_new_tail_first() {
+    let folder = Folder::new("turns");
+    let world = World::new(400, BLOCK);
+    let tier = folder.open(&world, 100);
+    let capacity = full(&tier);
+    world.keep(&tier, 0..30);
+    world.keep(&tier, 0..60);
+    (0..capacity - 30).for_each(|id| world.keep(&tier, [1000 + id]));
+    let kept = has(&tier, 0..60);
+    assert!(kept[..30].iter().all(|&kept| kept) && !kept[30..].iter().any(|&kept| kept), "{kept:?}");
+}
+
+#[test]
 fn another_identity_never_matches_and_leaves_what_is_there() {
     let folder = Folder::new("identity");
     let world = World::new(64, BLOCK);

@@ -153,9 +153,12 @@ impl Tier for DiskTier {
             }
             put
         };
-        let puts = offers.into_iter().map(place).collect();
+        let keys: Vec<BlockKey> = offers.iter().map(|offer| offer.key).collect();
+        let puts: Vec<Put> = offers.into_iter().map(place).collect();
+        let present = keys.into_iter().zip(&puts).filter(|(_, put)| **put == Put::Present);
+        let present: Vec<BlockKey> = present.map(|(key, _)| key).collect();
         for ((volume, era), batch) in self.volumes.iter().zip(eras).zip(batches) {
-            volume.enqueue(era, batch);
+            volume.enqueue(era, batch, &present);
         }
         puts
     }

@@ -80,9 +80,16 @@ struct Read {
     from: Arc<Opened>,
 }
 
+/// A block that waits to be written.
+pub(super) struct Queued {
+    pub(super) offer: Offer,
+    /// Blocks that are to go after it.
+    pub(super) then: Vec<BlockKey>,
+}
+
 #[derive(Default)]
 pub(super) struct WriteQueue {
-    pub(super) offers: VecDeque<Offer>,
+    pub(super) offers: VecDeque<Queued>,
     pub(super) keys: HashSet<BlockKey>,
     /// Of offers that wait or are being written.
     pub(super) bytes: usize,
@@ -211,9 +218,10 @@ impl Volume {
         true
     }
 
-    /// Queues the blocks of one batch, the tail first, so that it is written first and goes first. What was offered before a clear,
-    /// which `era` tells, is dropped.
-    pub(super) fn enqueue(&self, era: u64, batch: Vec<Offer>) {
+    /// Queues the blocks of one batch, the tail first, so that it is written first and goes first; `present` are blocks of the
+    /// batch that are kept already, and stay longer than the new ones. What was offered before a clear, which `era` tells, is
+    /// dropped.
+    pub(super) fn enqueue(&self, era: u64, batch: Vec<Offer>, present: &[BlockKey]) {
         if batch.is_empty() {
             return;
         }
@@ -225,7 +233,10 @@ impl Volume {
             }
             batch
         } else {
-            queue.offers.extend(batch.into_iter().rev());
+            queue.offers.extend(batch.into_iter().rev().map(|offer| Queued { offer, then: Vec::new() }));
+            if let Some(head) = queue.offers.back_mut() {
+                head.then = present.to_vec();
+            }
             Vec::new()
         };
         drop(queue);
@@ -351,11 +362,11 @@ impl Volume {
     /// Forgets all for good: entries of the file's old identity are never believed again.
     pub(super) fn clear(&self) -> bool {
         let opened = self.opened();
-        let dropped: Vec<Offer> = {
+        let dropped: Vec<Queued> = {
             let mut queue = self.queue.lock();
             queue.keys.clear();
             queue.era += 1;
-            let dropped: Vec<Offer> = queue.offers.drain(..).collect();
+            let dropped: Vec<Queued> = queue.offers.drain(..).collect();
             queue.bytes -= dropped.len() * self.arena.stride();
             open::renew(&opened);
             dropped

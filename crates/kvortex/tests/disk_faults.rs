@@ -89,6 +89,20 @@ fn a_slow_disk_is_late_and_nobody_waits_for_it() {
 }
 
 #[test]
+fn a_slot_stays_as_it_is_until_its_block_is_written() {
+    let (folder, world) = (Folder::new("slots"), World::new(64, BLOCK));
+    let plan = Arc::new(FaultPlan::default());
+    let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(300)));
+    assert_eq!(world.put(&tier, 0..4), [Put::Queued; 4]);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(world.arena.slots().free(), 60, "they are being written");
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.arena.slots().free(), 64);
+}
+
+#[test]
 fn a_folder_that_is_taken_away_is_made_anew() {
     let (folder, world) = (Folder::new("away"), World::new(64, BLOCK));
     let tier = folder.open(&world, 32);

@@ -189,9 +189,9 @@ DEFECTS = [
     ),
     Defect(
         "a reset does not reach the disk",
-        "crates/kvortex/src/engine.rs",
-        "        bound.lower.as_ref().map(Lower::clear);\n",
-        "",
+        "crates/kvortex/src/tier/disk/mod.rs",
+        "self.volumes.iter().filter(|volume| !volume.clear()).count() == 0",
+        "true",
     ),
     Defect(
         "what was written before a clear of the disk is believed after it",

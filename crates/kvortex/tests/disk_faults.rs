@@ -131,12 +131,17 @@ fn child_that_is_killed() {
     let _ = std::fs::remove_file(folder.path.join("kept"));
     let world = World::new(64, BLOCK);
     let plan = Arc::new(FaultPlan::default());
-    if let Ok(nth) = std::env::var("KVORTEX_CHILD_KILL") {
-        let first = nth.parse().unwrap();
-        plan.set(&[Fault { call: Call::Write, first, count: 1, effect: Effect::KillAfter }]);
+    // Enough to come to every call that is killed; who waits for a kill from outside goes on.
+    let mut rounds = usize::MAX;
+    if let Ok(kill) = std::env::var("KVORTEX_CHILD_KILL") {
+        let words: Vec<&str> = kill.split(' ').collect();
+        let call = Call::ALL[words[0].parse::<usize>().unwrap()];
+        let effect = if words[2] == "before" { Effect::KillBefore } else { Effect::KillAfter };
+        plan.set(&[Fault { call, first: words[1].parse().unwrap(), count: 1, effect }]);
+        rounds = 40;
     }
     let tier = DiskTier::open(folder.faulty(24, &plan), &world.arena, IDENTITY).unwrap();
-    for round in 0.. {
+    for round in 0..rounds {
         let ids: Vec<usize> = (0..4).map(|i| (round * 4 + i) % 60).collect();
         world.keep(&tier, ids.iter().copied());
         world.get(&tier, &ids, PATIENCE);
@@ -144,11 +149,11 @@ fn child_that_is_killed() {
     }
 }
 
-fn child(folder: &Folder, kill: Option<u64>) -> std::process::Child {
+fn child(folder: &Folder, kill: Option<String>) -> std::process::Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["child_that_is_killed", "--exact", "--nocapture"]).env("KVORTEX_CHILD_FOLDER", &folder.path);
-    if let Some(nth) = kill {
-        command.env("KVORTEX_CHILD_KILL", nth.to_string());
+    if let Some(kill) = kill {
+        command.env("KVORTEX_CHILD_KILL", kill);
     }
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
@@ -182,12 +187,29 @@ fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
     }
 }
 
+/// A child that is killed before or after its `nth` call of a kind, and what it left. False if it never came to that call.
+fn killed_at(folder: &Folder, call: usize, nth: u64, when: &str) -> bool {
+    let mut child = child(folder, Some(format!("{call} {nth} {when}")));
+    let killed = !child.wait().unwrap().success();
+    judge(folder);
+    killed
+}
+
 #[test]
-fn a_kill_at_any_write_loses_nothing_that_was_kept() {
-    let folder = Folder::quick("writes");
+fn a_kill_at_any_call_loses_nothing_that_was_kept() {
+    let (again, mut kills) = (Folder::quick("writes"), 0);
+    let write = Call::ALL.iter().position(|&call| call == Call::Write).unwrap();
     for nth in 0..30 {
-        let mut child = child(&folder, Some(nth));
-        assert!(!child.wait().unwrap().success());
-        judge(&folder);
+        for when in ["before", "after"] {
+            assert!(killed_at(&again, write, nth, when));
+        }
     }
+    for (call, kind) in Call::ALL.iter().enumerate().filter(|(_, kind)| !matches!(kind, Call::Read | Call::Write)) {
+        let made = (0..20).take_while(|&nth| killed_at(&Folder::quick("calls"), call, nth, "before")).count();
+        assert!(made > 0 || *kind == Call::Truncate, "{kind:?} is never made");
+        let after = (0..made as u64).filter(|&nth| killed_at(&Folder::quick("calls"), call, nth, "after")).count();
+        assert_eq!(after, made, "{kind:?}");
+        kills += 2 * made;
+    }
+    println!("killed at {} calls", kills + 60);
 }

@@ -158,10 +158,10 @@ DEFECTS = [
         "if !self.is_off() {",
     ),
     Defect(
-        "a header is believed whatever its own digest says",
+        "a block on the disk is another model's",
         "crates/kvortex/src/tier/disk/header.rs",
-        "digest(&bytes[..DIGEST_AT]) == bytes[DIGEST_AT..]",
-        "bytes.len() > DIGEST_AT",
+        "match (slab == common.slab, identity == common.identity) {",
+        "match (slab == common.slab, true) {",
     ),
     Defect(
         "the header of a block is written before the block",

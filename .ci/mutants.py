@@ -4,6 +4,7 @@ A defect is a text that stands exactly once in a file, and what takes its place.
 gone, plant the defect anew here.
 
 Usage: mutants.py          plant them and run the tests
+       mutants.py WORD...  only those with one of these words in their title or file
        mutants.py --check  only see that every text stands once
 """
 
@@ -168,6 +169,66 @@ DEFECTS = [
         "if group == 0 {",
         "if group < 99 {",
     ),
+    Defect(
+        "a block from the disk lands without a look at its digest",
+        "crates/kvortex/src/tier/disk/volume.rs",
+        "if digest_slot(&self.arena, landing.slot()) == Some(read.entry.digest) && !self.is_off() {",
+        "if !self.is_off() {",
+    ),
+    Defect(
+        "a block on the disk is another model's",
+        "crates/kvortex/src/tier/disk/header.rs",
+        "match (slab == common.slab, identity == common.identity) {",
+        "match (slab == common.slab, true) {",
+    ),
+    Defect(
+        "the header of a block is written before the block",
+        "crates/kvortex/src/tier/disk/writer.rs",
+        "            return self.settle();\n        }\n"
+        "        self.opened.io.submit(ops);\n    }\n\n    fn payload_ended",
+        "            return self.settle();\n        }\n"
+        "        for i in 0..ops.len() {\n"
+        "            let early = Op { done: Box::new(|_| ()), ..self.header_op(vec![i]) };\n"
+        "            self.opened.io.submit(vec![early]);\n"
+        "        }\n"
+        "        self.opened.io.submit(ops);\n    }\n\n    fn payload_ended",
+    ),
+    Defect(
+        "a file on the disk grows by one segment too many",
+        "crates/kvortex/src/tier/disk/writer.rs",
+        "if segments >= geometry.segments_in(usable(volume.options.max_bytes)) {",
+        "if segments > geometry.segments_in(usable(volume.options.max_bytes)) {",
+    ),
+    Defect(
+        "the slot of a block that goes to the disk is let go of before it is written",
+        "crates/kvortex/src/tier/disk/writer.rs",
+        "Block { offer: Some(offer), key,",
+        "Block { offer: Some(Offer { keep: Arc::new(()), ..offer }), key,",
+    ),
+    Defect(
+        "a reset does not reach the disk",
+        "crates/kvortex/src/tier/disk/mod.rs",
+        "self.volumes.iter().filter(|volume| !volume.clear()).count() == 0",
+        "true",
+    ),
+    Defect(
+        "what was written before a clear of the disk is believed after it",
+        "crates/kvortex/src/tier/disk/open.rs",
+        "opened.common.lock().slab = fresh_slab();",
+        "",
+    ),
+    Defect(
+        "the head of a prompt leaves the disk before its tail",
+        "crates/kvortex/src/tier/disk/volume.rs",
+        "queue.offers.extend(batch.into_iter().rev().map(",
+        "queue.offers.extend(batch.into_iter().map(",
+    ),
+    Defect(
+        "a tier that hangs is asked again and again",
+        "crates/kvortex/src/tier/guard/mod.rs",
+        "        (0..late).for_each(|_| self.tell(false));\n",
+        "        let _ = late;\n",
+    ),
 ]
 
 
@@ -222,20 +283,26 @@ def plant(tree: Path, defect: Defect) -> list[str]:
         file.write_text(right, encoding="utf-8")
 
 
+def chosen(words: list[str]) -> list[Defect]:
+    found = [defect for defect in DEFECTS if any(word in defect.title + defect.file for word in words or [""])]
+    return found or sys.exit(f"no defect has any of these words: {', '.join(words)}")
+
+
 def main() -> int:
     check()
     if sys.argv[1:] == ["--check"]:
         return 0
+    defects = chosen(sys.argv[1:])
     tree = copy_tree(Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "mutants/tree")
-    for package in sorted({defect.package for defect in DEFECTS}):
+    for package in sorted({defect.package for defect in defects}):
         if red := failures(tree, package):
             sys.exit(f"{package} is red without any defect: {', '.join(red)}")
     survivors = 0
-    for defect in DEFECTS:
+    for defect in defects:
         red = plant(tree, defect)
         survivors += not red
         print(f"{defect.title}: {', '.join(red[:3]) or 'NOBODY NOTICED'}{' ...' if len(red) > 3 else ''}", flush=True)
-    print(f"{len(DEFECTS) - survivors} of {len(DEFECTS)} defects noticed")
+    print(f"{len(defects) - survivors} of {len(defects)} defects noticed")
     return 1 if survivors else 0
 
 

@@ -1,7 +1,8 @@
 //! The disk tier beside fio, of the same run, on the same folder, with the same block size and depth.
 //!
-//! `cargo bench -p kvortex-bench --bench disk`; `KVORTEX_BENCH_FOLDER` names the folder, the system's temporary one by default.
-//! fio (Debian: apt install fio) is left out where it is not installed.
+//! `cargo bench -p kvortex-bench --bench disk`; `KVORTEX_BENCH_FOLDER` names the folder, the system's temporary one by default,
+//! and `KVORTEX_BENCH_ROUNDS` how often each is measured, 8 times by default. The two take turns at going first, since a
+//! virtual disk may give more to whoever comes after a pause. fio (Debian: apt install fio) is left out where it is not installed.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -109,26 +110,73 @@ fn fio(folder: &Path, how: &str, block: usize, bytes: usize) -> Option<f64> {
     Some(fields.get(field)?.parse::<f64>().ok()? * 1024.0)
 }
 
-fn beside_fio(folder: &Path, block: usize, blocks: usize) {
+/// Seconds of the processor that this process has used in its own code and in the system's.
+fn cpu_seconds() -> (f64, f64) {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks = |at: usize| fields[at].parse::<f64>().unwrap() / 100.0;
+    (ticks(11), ticks(12))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let upper = values.len() / 2;
+    (values[upper] + values[(values.len() - 1) / 2]) / 2.0
+}
+
+/// Bytes a second, ours and fio's, in an order that changes from round to round.
+fn turns(round: usize, ours: impl FnOnce() -> f64, fio: impl FnOnce() -> Option<f64>) -> (f64, Option<f64>) {
+    if round.is_multiple_of(2) {
+        let ours = ours();
+        return (ours, fio());
+    }
+    let fio = fio();
+    (ours(), fio)
+}
+
+fn tell(what: &str, block: usize, rounds: &[(f64, Option<f64>)]) {
+    let ours = median(rounds.iter().map(|round| round.0).collect());
+    let of =
+        |get: fn(f64, f64) -> f64| rounds.iter().filter_map(|&(ours, fio)| Some(get(ours, fio?))).collect::<Vec<_>>();
+    let (rivals, shares) = (of(|_, fio| fio), of(|ours, fio| ours / fio));
+    let beside = if rivals.is_empty() {
+        "fio is not installed".to_owned()
+    } else {
+        let all: Vec<String> = shares.iter().map(|share| format!("{share:.2}")).collect();
+        format!("fio {:.2} GB/s, share {:.2} ({})", median(rivals) / 1e9, median(shares), all.join(" "))
+    };
+    println!("{:>5} KiB {what:>7}: {:.2} GB/s; {beside}", block >> 10, ours / 1e9);
+}
+
+fn beside_fio(folder: &Path, block: usize, blocks: usize, rounds: usize) {
     let world = World::new(4 * DEPTH, block);
     let bytes = (block * blocks) as f64;
-    for round in 0..3 {
+    let (mut written, mut reads) = (Vec::new(), Vec::new());
+    let start = cpu_seconds();
+    for round in 0..rounds {
         let place = folder.join(format!("tier-{block}-{round}"));
         let tier = open(&place, &world, blocks, block);
-        let (wrote, read) = (write(&world, &tier, blocks), read(&world, &tier, blocks));
+        if round == 0 {
+            println!("{:>5} KiB by {}", block >> 10, tier.engines().join(", "));
+        }
+        let write_all = || bytes / write(&world, &tier, blocks);
+        written.push(turns(round, write_all, || fio(folder, "write", block, block * blocks)));
+        let read_all = || bytes / read(&world, &tier, blocks);
+        reads.push(turns(round, read_all, || fio(folder, "randread", block, block * blocks)));
         drop(tier);
         std::fs::remove_dir_all(&place).unwrap();
-        let rivals = [fio(folder, "write", block, block * blocks), fio(folder, "randread", block, block * blocks)];
         let _ = std::fs::remove_file(folder.join("fio"));
-        for (what, seconds, rival) in [("written", wrote, rivals[0]), ("read", read, rivals[1])] {
-            let ours = bytes / seconds;
-            let beside = rival.map_or_else(
-                || "fio is not installed".to_owned(),
-                |rival| format!("fio {:.2} GB/s, share {:.2}", rival / 1e9, ours / rival),
-            );
-            println!("{:>5} KiB {what:>7}: {:.2} GB/s; {beside}", block >> 10, ours / 1e9);
-        }
     }
+    tell("written", block, &written);
+    tell("read", block, &reads);
+    let (end, moved) = (cpu_seconds(), (2 * rounds * blocks) as f64);
+    let each = |from: f64, to: f64| (to - from) * 1e6 / moved;
+    println!(
+        "{:>5} KiB processor: {:.0} us a block own code, {:.0} us the system's",
+        block >> 10,
+        each(start.0, end.0),
+        each(start.1, end.1)
+    );
 }
 
 /// What the tier does for a block that is put into it when it is full, beside the bytes: with a file of small blocks.
@@ -137,10 +185,18 @@ fn bookkeeping(folder: &Path) {
     let world = World::new(4 * DEPTH, 4096);
     let place = folder.join("many");
     let tier = open(&place, &world, BLOCKS, 4096);
-    println!(
-        "{BLOCKS} blocks of 4 KiB kept: {:.1} us a block in all",
-        write(&world, &tier, BLOCKS) * 1e6 / BLOCKS as f64
-    );
+    let each = |what: &str, work: &dyn Fn() -> f64| {
+        let (before, seconds, after) = (cpu_seconds(), work(), cpu_seconds());
+        let per_block = |seconds: f64| seconds * 1e6 / BLOCKS as f64;
+        println!(
+            "{BLOCKS} blocks of 4 KiB {what}: {:.1} us a block in all, {:.1} us of own code, {:.1} us of the system's",
+            per_block(seconds),
+            per_block(after.0 - before.0),
+            per_block(after.1 - before.1)
+        );
+    };
+    each("kept", &|| write(&world, &tier, BLOCKS));
+    each("read", &|| read(&world, &tier, BLOCKS));
     let claim = std::sync::Arc::new(world.filled(&key(0)));
     let (mut puts, mut queued) = (Duration::ZERO, 0);
     for i in 0..20_000 {
@@ -167,8 +223,9 @@ fn main() {
     let base = std::env::var_os("KVORTEX_BENCH_FOLDER").map_or_else(std::env::temp_dir, PathBuf::from);
     let folder = base.join(format!("kvortex-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    beside_fio(&folder, 2 << 20, 512);
-    beside_fio(&folder, 64 << 10, 8192);
+    let rounds = std::env::var("KVORTEX_BENCH_ROUNDS").map_or(8, |rounds| rounds.parse().unwrap());
+    beside_fio(&folder, 2 << 20, 512, rounds);
+    beside_fio(&folder, 64 << 10, 8192, rounds);
     bookkeeping(&folder);
     std::fs::remove_dir_all(&folder).unwrap();
 }

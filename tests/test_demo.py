@@ -61,6 +61,53 @@ def test_the_random_model(capsys, tmp_path):
     assert printed.isascii()
 
 
+NEW_PROCESS = """
+import sys
+from kvortex import cli, demo
+text = demo.document()[:1500]
+demo.RANDOM_MODEL, demo.document = {tiny!r}, lambda: text
+sys.exit(cli.main(["demo", "--pool-size", "32MiB", "--new-tokens", "8", *sys.argv[1:]]))
+"""
+
+
+def in_a_new_process(*words):
+    script = NEW_PROCESS.format(tiny=TINY)
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_disk_keeps_the_document_for_the_next_process(tmp_path):
+    words = ["--random", "--disk", str(tmp_path / "kv"), "--disk-size", "64MiB", "--json", str(tmp_path / "out.json")]
+    printed, found = [], []
+    for _ in range(2):
+        printed.append(in_a_new_process(*words))
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    first, second = found
+    whole = first["document_tokens"] // 16 * 16
+    assert first["document_bytes"] == 0
+    assert second["document_bytes"] >= whole // 16 * second["block_bytes"] - second["block_bytes"]
+    assert [row["answer"] for row in first["rows"]] == [row["answer"] for row in second["rows"]]
+    assert all(row["identical"] and row["reused_tokens"] >= whole for row in first["rows"] + second["rows"])
+    assert f"kept in {tmp_path / 'kv'}: run the same command again" in printed[0]
+    assert f"was in {tmp_path / 'kv'}, where an earlier run kept it" in printed[1]
+    assert all("from disk" in text for text in printed)
+
+
+def test_a_disk_that_cannot_be_used_is_said(capsys, tmp_path):
+    (tmp_path / "kv").mkdir(mode=0o777)
+    (tmp_path / "kv").chmod(0o777)
+    assert run("--random", "--questions", "1", "--disk", str(tmp_path / "kv")) == 1
+    assert f"{tmp_path / 'kv'} is not used, the warning says why" in capsys.readouterr().err
+    assert run("--random", "--disk", str(tmp_path / "kv"), "--disk-size", "some") == 1
+    assert "--disk-size = 'some'" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_is_said(capsys, tmp_path):
+    assert run("--random", "--questions", "1", "--disk", str(tmp_path / "kv"), "--disk-size", "256KiB") == 1
+    assert "not all of the document came from the disk" in capsys.readouterr().out
+
+
 def test_answers_depend_on_the_question_and_the_document(monkeypatch):
     subject = demo._random_subject()
 

@@ -25,13 +25,24 @@ def demo(parser: argparse.ArgumentParser) -> Command:
 
 
 def bench(parser: argparse.ArgumentParser) -> Command:
-    """Measurements of this machine: `bench transfer`, blocks between a GPU, or host memory, and the cache."""
-    import kvortex.bench as module
+    """Measurements: `transfer`, how fast blocks move on this machine; `replay`, what a trace would have found."""
+    import kvortex.bench as transfer
+    import kvortex.replay as replay
 
     kinds = parser.add_subparsers(dest="kind", metavar="what", required=True)
-    summary = "how fast blocks move, by the size of their fragments and the way to copy"
-    module.add_arguments(kinds.add_parser("transfer", help=summary, description=summary))
-    return module.main
+    for name, module, summary in (
+        ("transfer", transfer, "how fast blocks move, by the size of their fragments and the way to copy"),
+        ("replay", replay, "what a trace of requests would have found in memory and on a disk, and written"),
+    ):
+        sub = kinds.add_parser(name, help=summary, description=summary)
+        module.add_arguments(sub)
+        sub.set_defaults(start=module.main)
+
+    def start(arguments: argparse.Namespace) -> int:
+        status: int = arguments.start(arguments)
+        return status
+
+    return start
 
 
 def doctor(parser: argparse.ArgumentParser) -> Command:

@@ -1,4 +1,7 @@
-"""`kvortex demo`: several questions about one long document, computed anew each time, then with the document reused."""
+"""`kvortex demo`: several questions about one long document, computed anew each time, then with the document reused.
+
+With `--disk` what is reused comes from a folder: the same command finds in a new process what an earlier one kept.
+"""
 
 import argparse
 import hashlib
@@ -23,6 +26,7 @@ from typing import Any
 
 import kvortex
 from kvortex._terminal import need_matplotlib, picture
+from kvortex.config import KVortexConfig, parse_size
 
 QUESTIONS = (
     "What is the station's boat called?",
@@ -48,6 +52,8 @@ RANDOM_MODEL: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 _WIDTH = 100
+# Longer than any disk takes for a document: the demo shows its speed, whatever that is.
+_DISK_MS = 60_000
 
 
 class ModelUnavailableError(kvortex.KVortexError):
@@ -104,6 +110,8 @@ class Outcome:
     block_tokens: int
     block_bytes: int
     rows: list[Comparison]
+    document_bytes: int = 0
+    disk: str | None = None
     peak_memory_bytes: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -117,6 +125,11 @@ class Outcome:
         """Whether every question found all full blocks of the document."""
         whole = self.document_tokens // self.block_tokens * self.block_tokens
         return all(row.reused_tokens >= whole for row in self.rows)
+
+    @property
+    def found(self) -> bool:
+        """Whether the document was there before it was read: an earlier run had kept it on the disk."""
+        return self.document_bytes > 0
 
 
 class _Clock:
@@ -152,6 +165,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", type=_device, metavar="GPU", help="cpu, cuda or cuda:1 (default: cpu)"
     )
     parser.add_argument("--pool-size", default="512MiB", metavar="SIZE", help="host memory for KV (default: 512MiB)")
+    parser.add_argument("--disk", type=Path, metavar="DIR", help="reuse from this folder: a second run finds it there")
+    parser.add_argument("--disk-size", default="1GiB", metavar="SIZE", help="what --disk may take (default: 1GiB)")
     parser.add_argument("--questions", type=_count(len(QUESTIONS)), default=3, metavar="N", help="1 to 6 (default: 3)")
     parser.add_argument("--new-tokens", type=_count(512), default=20, metavar="N", help="per answer (default: 20)")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the result (.png, .svg or .pdf)")
@@ -164,9 +179,11 @@ def main(arguments: argparse.Namespace) -> int:
         need_matplotlib()
     say("KVortex demo: one document, several questions\n")
     device = "none" if arguments.device == "cpu" else arguments.device
-    with kvortex.KVortexEngine.create(None, cpu_pool_size_bytes=arguments.pool_size, device=device) as engine:
+    memory = KVortexConfig.of(None, cpu_pool_size_bytes=arguments.pool_size, device=device, disk_paths=())
+    disk = None if arguments.disk is None else on_disk(memory, arguments.disk, arguments.disk_size)
+    with kvortex.KVortexEngine.create(memory) as engine:
         subject = load(arguments)
-        outcome = compare(subject, engine, QUESTIONS[: arguments.questions], arguments.new_tokens)
+        outcome = compare(subject, engine, QUESTIONS[: arguments.questions], arguments.new_tokens, disk)
     show(outcome)
     status = verdict(outcome)
     if arguments.json is not None:
@@ -176,6 +193,13 @@ def main(arguments: argparse.Namespace) -> int:
         draw(outcome, arguments.plot)
         say(f"drawn: {arguments.plot}")
     return status
+
+
+def on_disk(memory: KVortexConfig, folder: Path, size: str) -> KVortexConfig:
+    """The settings of an engine that keeps everything in a folder too."""
+    bytes_ = parse_size("--disk-size", size)
+    knobs = {"disk_paths": [folder], "disk_size_bytes": bytes_, "disk_queue_bytes": bytes_}
+    return KVortexConfig.of(memory, **knobs, disk_admission="all", disk_read_deadline_ms=_DISK_MS)
 
 
 def say(text: str = "", end: str = "\n") -> None:
@@ -350,8 +374,13 @@ def ask(subject: Subject, attachment: Any, prompt: Sequence[int], new_tokens: in
     )
 
 
-def compare(subject: Subject, engine: Any, questions: Sequence[str], new_tokens: int) -> Outcome:
-    """Ask every question with an empty cache, read the document once, and ask every question again."""
+def compare(
+    subject: Subject, engine: Any, questions: Sequence[str], new_tokens: int, disk: KVortexConfig | None = None
+) -> Outcome:
+    """Ask every question with an empty cache, read the document once, and ask every question again.
+
+    The engine that has read it answers or, with a disk, a new engine each time that has nothing but the disk.
+    """
     from kvortex.transformers import attach
 
     prompts = [subject.encode(question) for question in questions]
@@ -369,14 +398,45 @@ def compare(subject: Subject, engine: Any, questions: Sequence[str], new_tokens:
         for question, prompt in zip(questions, prompts, strict=True):
             engine.reset()
             cold.append(answer(prompt, question))
-        say("\nWith reuse: the document is computed once")
-        engine.reset()
-        read = answer(shared, "reading the document", 1)
-        reused = [answer(prompt, question) for question, prompt in zip(questions, prompts, strict=True)]
-        rows = [_comparison(subject, *found) for found in zip(questions, cold, reused, strict=True)]
         sizes = attachment.block_tokens, attachment.block_bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Outcome(subject.name, len(shared), read.first_s, *sizes, rows, peak, _machine(subject.model))
+        engine.reset()
+        steps = [("reading the document", shared, 1)]
+        steps += [(question, prompt, new_tokens) for question, prompt in zip(questions, prompts, strict=True)]
+        if disk is None:
+            say("\nWith reuse: the document is computed once")
+            read, *reused = [answer(prompt, title, tokens) for title, prompt, tokens in steps]
+    if disk is not None:
+        say(f"\nWith {disk.disk_paths[0]}: each time a new engine, which has only what is on the disk")
+        read, *reused = [_from_disk(subject, disk, *step) for step in steps]
+    rows = [_comparison(subject, *found) for found in zip(questions, cold, reused, strict=True)]
+    return Outcome(
+        model=subject.name,
+        document_tokens=len(shared),
+        document_s=read.first_s,
+        block_tokens=sizes[0],
+        block_bytes=sizes[1],
+        rows=rows,
+        document_bytes=read.loaded_bytes,
+        disk=None if disk is None else disk.disk_paths[0],
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        machine=_machine(subject.model),
+    )
+
+
+def _from_disk(subject: Subject, disk: KVortexConfig, title: str, prompt: Sequence[int], new_tokens: int) -> Answer:
+    """One answer with a new engine, which keeps what is new before it ends."""
+    from kvortex.transformers import attach
+
+    with kvortex.KVortexEngine.create(disk) as engine, attach(subject.model, engine) as attachment:
+        if engine.get_stats()["disk"] is None:
+            raise kvortex.KVortexError(
+                f"{disk.disk_paths[0]} is not used, the warning says why; give --disk another folder"
+            )
+        engine.flush(_DISK_MS)
+        with _step(title):
+            answer = ask(subject, attachment, prompt, new_tokens)
+        engine.flush(_DISK_MS)
+    return answer
 
 
 def common(*texts: Sequence[int]) -> int:
@@ -430,7 +490,8 @@ _COLUMNS = "  {:<42}{:>10}{:>10}{:>10}{:>16}{:>11}{:>6}"
 def show(outcome: Outcome) -> None:
     """The table, and what was said."""
     say("\nTime to first token\n")
-    say(_COLUMNS.format("question", "computed", "reused", "speed-up", "not computed", "moved", "same"))
+    source = "from disk" if outcome.disk else "reused"
+    say(_COLUMNS.format("question", "computed", source, "speed-up", "not computed", "moved", "same"))
     for row in outcome.rows:
         say(_line(row.question, row.cold_first_s, row.reused_first_s, row))
     say("\nAnswers\n")
@@ -440,6 +501,17 @@ def show(outcome: Outcome) -> None:
     reused = outcome.document_s + sum(row.reused_total_s for row in outcome.rows)
     say(f"\nAll answers, to their last token: {cold:.1f} s computed, {reused:.1f} s with the document read once.")
     say(f"Peak memory: {outcome.peak_memory_bytes / 2**30:.1f} GiB.")
+    if outcome.disk is not None:
+        say(_origin(outcome))
+
+
+def _origin(outcome: Outcome) -> str:
+    """Where the document was, and what that means for the next run."""
+    if not outcome.found:
+        return f"The document was computed and kept in {outcome.disk}: run the same command again to find it there."
+    size = f"{outcome.document_bytes / 2**20:.1f} MiB"
+    first = f"first token after {outcome.document_s:.2f} s"
+    return f"The document was in {outcome.disk}, where an earlier run kept it: {size}, {first}."
 
 
 def _line(title: str, cold: float, reused: float, row: Comparison) -> str:
@@ -466,6 +538,9 @@ def verdict(outcome: Outcome) -> int:
     difference = max(row.largest_logit_difference for row in outcome.rows)
     say(f"All answers are identical, token for token; no logit differs by more than {difference:.1e} (rounding).")
     if not outcome.complete:
+        if outcome.disk is not None:
+            say("But not all of the document came from the disk: try a larger --disk-size and --pool-size")
+            return 1
         need = -(-outcome.document_tokens // outcome.block_tokens) * outcome.block_bytes * 2
         say(f"But the document was not reused in full: the pool is too small, try --pool-size {need >> 20}MiB")
         return 1

@@ -215,7 +215,8 @@ class Attachment:
             return None
         size = self.engine.block_size_bytes
         if size is None:
-            self.engine.bind(self.block_bytes)
+            # The keys tell models apart; a tier that outlives the process wants to know whose blocks it keeps as well.
+            self.engine.bind(self.block_bytes, namespace)
         elif size != self.block_bytes:
             raise LayoutError(
                 f"the engine holds blocks of {size} bytes and those of this model have {self.block_bytes}: "

@@ -66,6 +66,33 @@ fn the_oldest_goes_first_after_a_restart_too() {
 }
 
 #[test]
+fn the_tail_of_a_long_prompt_goes_before_its_head() {
+    let folder = Folder::new("long");
+    let world = World::new(400, BLOCK);
+    let tier = folder.open(&world, 300);
+    let capacity = full(&tier);
+    // More than are written together, and the writer is idle when they come.
+    world.keep(&tier, 0..250);
+    (0..10).for_each(|batch| world.keep(&tier, 1000 + batch * 10..1010 + batch * 10));
+    let kept = has(&tier, 0..250);
+    let prefix = kept.iter().take_while(|&&kept| kept).count();
+    assert_eq!((prefix, kept.iter().filter(|&&kept| kept).count()), (capacity - 100, capacity - 100), "{kept:?}");
+}
+
+#[test]
+fn a_prompt_that_has_gone_on_loses_its_new_tail_first() {
+    let folder = Folder::new("turns");
+    let world = World::new(400, BLOCK);
+    let tier = folder.open(&world, 100);
+    let capacity = full(&tier);
+    world.keep(&tier, 0..30);
+    world.keep(&tier, 0..60);
+    (0..capacity - 30).for_each(|id| world.keep(&tier, [1000 + id]));
+    let kept = has(&tier, 0..60);
+    assert!(kept[..30].iter().all(|&kept| kept) && !kept[30..].iter().any(|&kept| kept), "{kept:?}");
+}
+
+#[test]
 fn another_identity_never_matches_and_leaves_what_is_there() {
     let folder = Folder::new("identity");
     let world = World::new(64, BLOCK);

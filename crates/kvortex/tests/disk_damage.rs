@@ -156,6 +156,30 @@ fn random_bytes_are_no_blocks() {
 }
 
 #[test]
+fn a_header_is_written_when_its_block_is_in_place() {
+    let (folder, world, plan) = (Folder::quick("order"), World::new(64, BLOCK), Arc::new(FaultPlan::default()));
+    let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    plan.record();
+    (0..4).for_each(|batch| world.keep(&tier, batch * 8..batch * 8 + 8));
+    let (file, written) = (fs::read(folder.blocks_file()).unwrap(), plan.written());
+    let at =
+        |offset: usize| written.iter().position(|one| matches!(one, Written::Bytes(at, _) if *at == offset as u64));
+    let mut headers = 0;
+    for slot in 0..32 {
+        let Some(payload) = at(payload_at(&file, slot)) else { continue };
+        let covers = |one: &Written| match one {
+            Written::Bytes(at, bytes) => (*at as usize..*at as usize + bytes.len()).contains(&header_at(&file, slot)),
+            _ => false,
+        };
+        let header = written.iter().position(covers).unwrap();
+        assert!(payload < header, "the header of slot {slot} is write {header}, its block write {payload}");
+        headers += 1;
+    }
+    assert!(headers > 20, "{headers}");
+}
+
+#[test]
 fn one_torn_superblock_loses_nothing() {
     let (folder, world, bytes) = kept("super");
     for at in [0, HEADER] {

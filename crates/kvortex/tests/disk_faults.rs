@@ -15,63 +15,8 @@ use kvortex::tier::{Put, Tier};
 use kvortex_mem::file::{Call, Effect, Fault, FaultPlan};
 
 const EIO: i32 = 5;
-const EINVAL: i32 = 22;
 const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
-const EMFILE: i32 = 24;
-const ESTALE: i32 = 116;
-const ERRNOS: [i32; 6] = [EIO, EINVAL, ENOSPC, EROFS, EMFILE, ESTALE];
-
-/// Puts, reads, forgets and reads again. Whatever fails on the way, no byte is wrong and all slots come back.
-fn life(folder: &Folder, plan: &Arc<FaultPlan>) {
-    let world = World::new(64, BLOCK);
-    if let Ok(tier) = DiskTier::open(folder.faulty(8, plan), &world.arena, IDENTITY) {
-        let _ = world.put(&tier, 0..6);
-        tier.flush(PATIENCE);
-        world.get(&tier, &[0, 1, 2, 3, 4, 5], PATIENCE);
-        let _ = world.put(&tier, 6..12);
-        tier.flush(PATIENCE);
-        world.get(&tier, &[4, 8, 11, 99], PATIENCE);
-        tier.clear();
-        world.get(&tier, &[4, 8], PATIENCE);
-        assert!(tier.stop(PATIENCE));
-    }
-    assert_eq!(world.arena.slots().free(), world.arena.slots().total());
-}
-
-#[test]
-fn any_call_may_fail_once_or_from_then_on() {
-    let counting = Arc::new(FaultPlan::default());
-    life(&Folder::quick("count"), &counting);
-    for call in Call::ALL {
-        let calls = counting.count(call);
-        assert!(calls > 0 || matches!(call, Call::Truncate), "{call:?} is never made");
-        for first in 0..calls {
-            let errno = ERRNOS[first as usize % ERRNOS.len()];
-            let rest = if calls <= 12 { &ERRNOS[..] } else { &[errno][..] };
-            for &errno in rest {
-                for count in [1, u64::MAX] {
-                    let plan = Arc::new(FaultPlan::default());
-                    plan.set(&[Fault { call, first, count, effect: Effect::Errno(errno) }]);
-                    let folder = Folder::quick("nth");
-                    life(&folder, &plan);
-                    // What it leaves behind serves right bytes or none.
-                    life(&folder, &Arc::new(FaultPlan::default()));
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn short_counts_change_nothing() {
-    for short in [1, 512, 4096] {
-        let plan = Arc::new(FaultPlan::default());
-        plan.always(Call::Write, Effect::Short(short));
-        plan.always(Call::Read, Effect::Short(short));
-        life(&Folder::new("short"), &plan);
-    }
-}
 
 /// Waits until a put is kept.
 fn resumes(world: &World, tier: &dyn Tier, id: usize) -> Duration {
@@ -144,6 +89,20 @@ fn a_slow_disk_is_late_and_nobody_waits_for_it() {
 }
 
 #[test]
+fn a_slot_stays_as_it_is_until_its_block_is_written() {
+    let (folder, world) = (Folder::new("slots"), World::new(64, BLOCK));
+    let plan = Arc::new(FaultPlan::default());
+    let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(300)));
+    assert_eq!(world.put(&tier, 0..4), [Put::Queued; 4]);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(world.arena.slots().free(), 60, "they are being written");
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.arena.slots().free(), 64);
+}
+
+#[test]
 fn a_folder_that_is_taken_away_is_made_anew() {
     let (folder, world) = (Folder::new("away"), World::new(64, BLOCK));
     let tier = folder.open(&world, 32);
@@ -172,12 +131,17 @@ fn child_that_is_killed() {
     let _ = std::fs::remove_file(folder.path.join("kept"));
     let world = World::new(64, BLOCK);
     let plan = Arc::new(FaultPlan::default());
-    if let Ok(nth) = std::env::var("KVORTEX_CHILD_KILL") {
-        let first = nth.parse().unwrap();
-        plan.set(&[Fault { call: Call::Write, first, count: 1, effect: Effect::KillAfter }]);
+    // Enough to come to every call that is killed; who waits for a kill from outside goes on.
+    let mut rounds = usize::MAX;
+    if let Ok(kill) = std::env::var("KVORTEX_CHILD_KILL") {
+        let words: Vec<&str> = kill.split(' ').collect();
+        let call = Call::ALL[words[0].parse::<usize>().unwrap()];
+        let effect = if words[2] == "before" { Effect::KillBefore } else { Effect::KillAfter };
+        plan.set(&[Fault { call, first: words[1].parse().unwrap(), count: 1, effect }]);
+        rounds = 40;
     }
     let tier = DiskTier::open(folder.faulty(24, &plan), &world.arena, IDENTITY).unwrap();
-    for round in 0.. {
+    for round in 0..rounds {
         let ids: Vec<usize> = (0..4).map(|i| (round * 4 + i) % 60).collect();
         world.keep(&tier, ids.iter().copied());
         world.get(&tier, &ids, PATIENCE);
@@ -185,11 +149,11 @@ fn child_that_is_killed() {
     }
 }
 
-fn child(folder: &Folder, kill: Option<u64>) -> std::process::Child {
+fn child(folder: &Folder, kill: Option<String>) -> std::process::Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["child_that_is_killed", "--exact", "--nocapture"]).env("KVORTEX_CHILD_FOLDER", &folder.path);
-    if let Some(nth) = kill {
-        command.env("KVORTEX_CHILD_KILL", nth.to_string());
+    if let Some(kill) = kill {
+        command.env("KVORTEX_CHILD_KILL", kill);
     }
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
@@ -223,12 +187,29 @@ fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
     }
 }
 
+/// A child that is killed before or after its `nth` call of a kind, and what it left. False if it never came to that call.
+fn killed_at(folder: &Folder, call: usize, nth: u64, when: &str) -> bool {
+    let mut child = child(folder, Some(format!("{call} {nth} {when}")));
+    let killed = !child.wait().unwrap().success();
+    judge(folder);
+    killed
+}
+
 #[test]
-fn a_kill_at_any_write_loses_nothing_that_was_kept() {
-    let folder = Folder::quick("writes");
+fn a_kill_at_any_call_loses_nothing_that_was_kept() {
+    let (again, mut kills) = (Folder::quick("writes"), 0);
+    let write = Call::ALL.iter().position(|&call| call == Call::Write).unwrap();
     for nth in 0..30 {
-        let mut child = child(&folder, Some(nth));
-        assert!(!child.wait().unwrap().success());
-        judge(&folder);
+        for when in ["before", "after"] {
+            assert!(killed_at(&again, write, nth, when));
+        }
     }
+    for (call, kind) in Call::ALL.iter().enumerate().filter(|(_, kind)| !matches!(kind, Call::Read | Call::Write)) {
+        let made = (0..20).take_while(|&nth| killed_at(&Folder::quick("calls"), call, nth, "before")).count();
+        assert!(made > 0 || *kind == Call::Truncate, "{kind:?} is never made");
+        let after = (0..made as u64).filter(|&nth| killed_at(&Folder::quick("calls"), call, nth, "after")).count();
+        assert_eq!(after, made, "{kind:?}");
+        kills += 2 * made;
+    }
+    println!("killed at {} calls", kills + 60);
 }

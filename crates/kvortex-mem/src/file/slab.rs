@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::op::Access;
-use super::sys::{Real, Sys};
+use super::sys::{Patient, Real, Sys};
 use super::{ALIGNMENT, Scratch, psync, uring};
 use crate::error::MemError;
 use crate::sync::Arc;
@@ -42,7 +42,7 @@ impl SlabOptions {
     /// The usual ones for `folder`.
     #[must_use]
     pub fn new(folder: impl Into<PathBuf>) -> SlabOptions {
-        SlabOptions { folder: folder.into(), nested: false, direct: true, create: true, sys: Arc::new(Real) }
+        SlabOptions { folder: folder.into(), nested: false, direct: true, create: true, sys: Arc::new(Patient(Real)) }
     }
 
     /// As these, for a folder `name` in that one.
@@ -68,7 +68,7 @@ impl SlabOptions {
     #[cfg(any(test, feature = "suite"))]
     #[must_use]
     pub fn with_faults(self, plan: &Arc<super::FaultPlan>) -> SlabOptions {
-        SlabOptions { sys: Arc::new(super::faults::Faulty::new(Arc::clone(plan))), ..self }
+        SlabOptions { sys: Arc::new(Patient(super::faults::Faulty::new(Arc::clone(plan)))), ..self }
     }
 }
 
@@ -245,7 +245,8 @@ impl SlabFile {
         let Ok(file) = self.sys.open(Some(self.folder.as_fd()), PROBE, flags) else { return false };
         let works = uring::works_on(file.as_fd());
         let _ = self.sys.unlink(self.folder.as_fd(), PROBE);
-        works.is_ok_and(|()| true)
+        // A ring that tells of no room works.
+        works.map_or_else(|error| is_full(&error), |()| true)
     }
 }
 
@@ -304,7 +305,15 @@ fn probe(sys: &Arc<dyn Sys>, folder: BorrowedFd<'_>) -> io::Result<bool> {
             .and_then(|_| call(&**sys, Access::Read, file.as_fd(), (read.addr(), ALIGNMENT), 0))
     };
     let _ = sys.unlink(folder, PROBE);
-    Ok(moved.is_ok_and(|moved| moved == ALIGNMENT) && *read == *written)
+    match moved {
+        Ok(moved) => Ok(moved == ALIGNMENT && *read == *written),
+        // The file system took the flag and has no room: what it has kept can be read.
+        Err(error) => Ok(is_full(&error)),
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 fn own_user() -> libc::uid_t {

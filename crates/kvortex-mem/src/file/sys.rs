@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// What is asked of the system. Every method is one call; a call that was interrupted is made again.
+/// What is asked of the system. Every method is one call.
 pub(crate) trait Sys: Debug + Send + Sync {
     /// Opens `name` in the folder `at`, or from the current folder without one. Never follows a link at the end of the name.
     fn open(&self, at: Option<BorrowedFd<'_>>, name: &CStr, flags: libc::c_int) -> io::Result<OwnedFd>;
@@ -50,57 +50,57 @@ impl Sys for Real {
     fn open(&self, at: Option<BorrowedFd<'_>>, name: &CStr, flags: libc::c_int) -> io::Result<OwnedFd> {
         let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
         // SAFETY: the name ends with a zero and the descriptor is open.
-        let fd = again(|| unsafe { libc::openat(folder(at), name.as_ptr(), flags, 0o600) } as isize)?;
+        let fd = told(unsafe { libc::openat(folder(at), name.as_ptr(), flags, 0o600) } as isize)?;
         // SAFETY: a new descriptor, which nobody else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 
     fn make_folder(&self, at: Option<BorrowedFd<'_>>, name: &CStr) -> io::Result<()> {
         // SAFETY: as in `open`.
-        again(|| unsafe { libc::mkdirat(folder(at), name.as_ptr(), 0o700) } as isize).map(drop)
+        told(unsafe { libc::mkdirat(folder(at), name.as_ptr(), 0o700) } as isize).map(drop)
     }
 
     fn stat(&self, fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
         let mut stat = std::mem::MaybeUninit::uninit();
         // SAFETY: `stat` has room for what the call writes.
-        again(|| unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) } as isize)?;
+        told(unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) } as isize)?;
         // SAFETY: the call succeeded, so it was written.
         Ok(unsafe { stat.assume_init() })
     }
 
     fn lock(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         // SAFETY: the descriptor is open; the call touches no memory.
-        again(|| unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } as isize).map(drop)
+        told(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } as isize).map(drop)
     }
 
     fn allocate(&self, fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
         // SAFETY: as in `lock`.
-        again(|| unsafe { libc::fallocate(fd.as_raw_fd(), 0, offset as i64, len as i64) } as isize).map(drop)
+        told(unsafe { libc::fallocate(fd.as_raw_fd(), 0, offset as i64, len as i64) } as isize).map(drop)
     }
 
     fn truncate(&self, fd: BorrowedFd<'_>, len: u64) -> io::Result<()> {
         // SAFETY: as in `lock`.
-        again(|| unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) } as isize).map(drop)
+        told(unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) } as isize).map(drop)
     }
 
     fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         // SAFETY: as in `lock`.
-        again(|| unsafe { libc::fdatasync(fd.as_raw_fd()) } as isize).map(drop)
+        told(unsafe { libc::fdatasync(fd.as_raw_fd()) } as isize).map(drop)
     }
 
     fn unlink(&self, at: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
         // SAFETY: as in `open`.
-        again(|| unsafe { libc::unlinkat(at.as_raw_fd(), name.as_ptr(), 0) } as isize).map(drop)
+        told(unsafe { libc::unlinkat(at.as_raw_fd(), name.as_ptr(), 0) } as isize).map(drop)
     }
 
     unsafe fn read(&self, fd: BorrowedFd<'_>, addr: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
         // SAFETY: as the caller promises.
-        again(|| unsafe { libc::pread(fd.as_raw_fd(), addr.cast(), len, offset as i64) }).map(|n| n as usize)
+        told(unsafe { libc::pread(fd.as_raw_fd(), addr.cast(), len, offset as i64) }).map(|n| n as usize)
     }
 
     unsafe fn write(&self, fd: BorrowedFd<'_>, addr: *const u8, len: usize, offset: u64) -> io::Result<usize> {
         // SAFETY: as the caller promises.
-        again(|| unsafe { libc::pwrite(fd.as_raw_fd(), addr.cast(), len, offset as i64) }).map(|n| n as usize)
+        told(unsafe { libc::pwrite(fd.as_raw_fd(), addr.cast(), len, offset as i64) }).map(|n| n as usize)
     }
 }
 
@@ -108,16 +108,64 @@ fn folder(at: Option<BorrowedFd<'_>>) -> libc::c_int {
     at.map_or(libc::AT_FDCWD, |at| at.as_raw_fd())
 }
 
-/// Makes a call until it is not interrupted.
-fn again(mut call: impl FnMut() -> isize) -> io::Result<isize> {
+/// What a call returned, or why it failed.
+fn told(returned: isize) -> io::Result<isize> {
+    if returned >= 0 { Ok(returned) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes every call of another until it is not interrupted.
+#[derive(Debug)]
+pub(crate) struct Patient<S>(pub(crate) S);
+
+fn again<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
-        let returned = call();
-        if returned >= 0 {
-            return Ok(returned);
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            ended => return ended,
         }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
+    }
+}
+
+impl<S: Sys> Sys for Patient<S> {
+    fn open(&self, at: Option<BorrowedFd<'_>>, name: &CStr, flags: libc::c_int) -> io::Result<OwnedFd> {
+        again(|| self.0.open(at, name, flags))
+    }
+
+    fn make_folder(&self, at: Option<BorrowedFd<'_>>, name: &CStr) -> io::Result<()> {
+        again(|| self.0.make_folder(at, name))
+    }
+
+    fn stat(&self, fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
+        again(|| self.0.stat(fd))
+    }
+
+    fn lock(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        again(|| self.0.lock(fd))
+    }
+
+    fn allocate(&self, fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+        again(|| self.0.allocate(fd, offset, len))
+    }
+
+    fn truncate(&self, fd: BorrowedFd<'_>, len: u64) -> io::Result<()> {
+        again(|| self.0.truncate(fd, len))
+    }
+
+    fn sync(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        again(|| self.0.sync(fd))
+    }
+
+    fn unlink(&self, at: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+        again(|| self.0.unlink(at, name))
+    }
+
+    unsafe fn read(&self, fd: BorrowedFd<'_>, addr: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
+        // SAFETY: as the caller promises.
+        again(|| unsafe { self.0.read(fd, addr, len, offset) })
+    }
+
+    unsafe fn write(&self, fd: BorrowedFd<'_>, addr: *const u8, len: usize, offset: u64) -> io::Result<usize> {
+        // SAFETY: as the caller promises.
+        again(|| unsafe { self.0.write(fd, addr, len, offset) })
     }
 }

@@ -21,6 +21,8 @@
 
 #[cfg(not(shuttle))]
 pub mod disk;
+#[cfg(not(shuttle))]
+pub mod guard;
 pub mod host;
 #[cfg(not(shuttle))]
 pub mod rows;

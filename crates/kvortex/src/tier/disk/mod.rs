@@ -4,7 +4,6 @@
 mod admission;
 mod geometry;
 mod header;
-mod health;
 mod index;
 mod inspect;
 mod open;
@@ -98,6 +97,12 @@ impl DiskTier {
         Ok(this)
     }
 
+    /// How each folder is read and written, found out when it was opened: `io_uring` or `psync`.
+    #[must_use]
+    pub fn engines(&self) -> Vec<&'static str> {
+        self.volumes.iter().map(|volume| volume.opened().io.name()).collect()
+    }
+
     /// The volume to write next: the one with the most room in its queue.
     fn roomiest(&self, rooms: &mut [usize], bytes: usize) -> Option<usize> {
         let (at, room) = rooms.iter_mut().enumerate().max_by_key(|(_, room)| **room)?;
@@ -105,19 +110,20 @@ impl DiskTier {
         Some(at)
     }
 
-    fn put_one(&self, offer: Offer, rooms: &mut [usize], bytes: usize) -> Put {
-        if self.volumes.iter().any(|volume| volume.knows(&offer.key)) {
-            return Put::Present;
+    /// Whether and where to write a block: the room for it is taken then.
+    fn place(&self, key: &BlockKey, rooms: &mut [usize], bytes: usize) -> (Put, Option<usize>) {
+        if self.volumes.iter().any(|volume| volume.knows(key)) {
+            return (Put::Present, None);
         }
-        if !self.gate.lock().admits(&offer.key) {
+        if !self.gate.lock().admits(key) {
             add(&self.refused, 1);
-            return Put::Refused;
+            return (Put::Refused, None);
         }
         match self.roomiest(rooms, bytes) {
-            Some(at) => self.volumes[at].put(offer),
-            None => {
+            Some(at) if self.volumes[at].admit(key) => (Put::Queued, Some(at)),
+            _ => {
                 add(&self.dropped, 1);
-                Put::Dropped
+                (Put::Dropped, None)
             }
         }
     }
@@ -139,7 +145,23 @@ impl Tier for DiskTier {
         // Or room for the tail of a prompt could be made by forgetting its head.
         self.volumes.iter().for_each(|volume| volume.touch(offers.iter().rev().map(|offer| &offer.key)));
         let bytes = self.volumes.first().map_or(0, |volume| volume.stride());
-        offers.into_iter().map(|offer| self.put_one(offer, &mut rooms, bytes)).collect()
+        let eras: Vec<u64> = self.volumes.iter().map(|volume| volume.era()).collect();
+        let mut batches: Vec<Vec<Offer>> = self.volumes.iter().map(|_| Vec::new()).collect();
+        let place = |offer: Offer| {
+            let (put, at) = self.place(&offer.key, &mut rooms, bytes);
+            if let Some(at) = at {
+                batches[at].push(offer);
+            }
+            put
+        };
+        let keys: Vec<BlockKey> = offers.iter().map(|offer| offer.key).collect();
+        let puts: Vec<Put> = offers.into_iter().map(place).collect();
+        let present = keys.into_iter().zip(&puts).filter(|(_, put)| **put == Put::Present);
+        let present: Vec<BlockKey> = present.map(|(key, _)| key).collect();
+        for ((volume, era), batch) in self.volumes.iter().zip(eras).zip(batches) {
+            volume.enqueue(era, batch, &present);
+        }
+        puts
     }
 
     fn get(&self, wants: Vec<Want>, deadline: Instant) {

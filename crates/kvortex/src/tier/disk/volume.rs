@@ -10,13 +10,13 @@ use parking_lot::RwLock;
 
 use super::geometry::Geometry;
 use super::header::{Common, HEADER_BYTES};
-use super::health::{Breaker, Turn};
 use super::index::{DiskIndex, Entry};
 use super::open;
 use crate::error::Result;
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
-use crate::tier::{Identity, Landing, Offer, Put, TierStats, Want};
+use crate::tier::guard::breaker::{Breaker, Turn};
+use crate::tier::{Identity, Landing, Offer, TierStats, Want};
 
 /// Read faults in a row after which nothing is read for a while.
 const READ_PATIENCE: u32 = 4;
@@ -48,6 +48,8 @@ pub(super) struct Volume {
     pub(super) changed: Condvar,
     pub(super) writes: Mutex<Breaker>,
     pub(super) reads: Mutex<Breaker>,
+    /// Of flushes and of making the folder anew; nothing waits for it.
+    pub(super) upkeep: Mutex<Breaker>,
     pub(super) counts: Counts,
     /// Set when a clear could not be made to last: nothing is kept or found any more.
     off: AtomicBool,
@@ -78,13 +80,22 @@ struct Read {
     from: Arc<Opened>,
 }
 
+/// A block that waits to be written.
+pub(super) struct Queued {
+    pub(super) offer: Offer,
+    /// Blocks that are to go after it.
+    pub(super) then: Vec<BlockKey>,
+}
+
 #[derive(Default)]
 pub(super) struct WriteQueue {
-    pub(super) offers: VecDeque<Offer>,
+    pub(super) offers: VecDeque<Queued>,
     pub(super) keys: HashSet<BlockKey>,
     /// Of offers that wait or are being written.
     pub(super) bytes: usize,
     pub(super) in_flight: usize,
+    /// Counts clears.
+    pub(super) era: u64,
     pub(super) closed: bool,
     /// The thread has ended.
     pub(super) over: bool,
@@ -121,6 +132,7 @@ impl Volume {
             changed: Condvar::new(),
             writes: Mutex::new(Breaker::new(1)),
             reads: Mutex::new(Breaker::new(READ_PATIENCE)),
+            upkeep: Mutex::new(Breaker::new(1)),
             counts: Counts::default(),
             off: AtomicBool::new(false),
         });
@@ -189,21 +201,47 @@ impl Volume {
         geometry.segments_in(self.options.max_bytes) as usize * geometry.segment_slots as usize
     }
 
-    /// Queues a block.
-    pub(super) fn put(&self, offer: Offer) -> Put {
+    /// How often it was cleared.
+    pub(super) fn era(&self) -> u64 {
+        self.queue.lock().era
+    }
+
+    /// Takes room in the queue for a block that [`enqueue`](Self::enqueue) brings.
+    pub(super) fn admit(&self, key: &BlockKey) -> bool {
         let bytes = self.arena.stride();
         let mut queue = self.queue.lock();
         if queue.closed || queue.bytes + bytes > self.options.queue_bytes {
-            drop(queue);
-            add(&self.counts.dropped, 1);
-            return Put::Dropped;
+            return false;
         }
-        queue.keys.insert(offer.key);
+        queue.keys.insert(*key);
         queue.bytes += bytes;
-        queue.offers.push_back(offer);
+        true
+    }
+
+    /// Queues the blocks of one batch, the tail first, so that it is written first and goes first; `present` are blocks of the
+    /// batch that are kept already, and stay longer than the new ones. What was offered before a clear, which `era` tells, is
+    /// dropped.
+    pub(super) fn enqueue(&self, era: u64, batch: Vec<Offer>, present: &[BlockKey]) {
+        if batch.is_empty() {
+            return;
+        }
+        let mut queue = self.queue.lock();
+        let dropped = if queue.closed || queue.era != era {
+            queue.bytes -= batch.len() * self.arena.stride();
+            for offer in &batch {
+                queue.keys.remove(&offer.key);
+            }
+            batch
+        } else {
+            queue.offers.extend(batch.into_iter().rev().map(|offer| Queued { offer, then: Vec::new() }));
+            if let Some(head) = queue.offers.back_mut() {
+                head.then = present.to_vec();
+            }
+            Vec::new()
+        };
         drop(queue);
         self.changed.notify_all();
-        Put::Queued
+        add(&self.counts.dropped, dropped.len() as u64);
     }
 
     /// Takes what it has out of `wants`, and starts to read it.
@@ -324,10 +362,11 @@ impl Volume {
     /// Forgets all for good: entries of the file's old identity are never believed again.
     pub(super) fn clear(&self) -> bool {
         let opened = self.opened();
-        let dropped: Vec<Offer> = {
+        let dropped: Vec<Queued> = {
             let mut queue = self.queue.lock();
             queue.keys.clear();
-            let dropped: Vec<Offer> = queue.offers.drain(..).collect();
+            queue.era += 1;
+            let dropped: Vec<Queued> = queue.offers.drain(..).collect();
             queue.bytes -= dropped.len() * self.arena.stride();
             open::renew(&opened);
             dropped
@@ -401,7 +440,8 @@ impl Volume {
         stats.late += read(&self.counts.late);
         stats.recovered += read(&opened.recovered) as usize;
         stats.scanning |= opened.scanning.load(Ordering::Relaxed);
-        stats.failing |= self.is_off() || self.writes.lock().is_failing() || self.reads.lock().is_failing();
+        let failing = |breaker: &Mutex<Breaker>| breaker.lock().is_failing();
+        stats.failing |= self.is_off() || [&self.writes, &self.reads, &self.upkeep].into_iter().any(failing);
     }
 }
 

@@ -9,7 +9,7 @@ use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, digest_slot}
 
 use super::header::{Common, HEADER_BYTES, Header, encode};
 use super::open::{self, usable};
-use super::volume::{Opened, Volume, add, now};
+use super::volume::{Opened, Queued, Volume, add, now};
 use crate::error::Result;
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
@@ -59,7 +59,7 @@ fn run(volume: &Arc<Volume>) {
 /// Offers for one sheet, none after `patience`, and what their headers say; `None` once closed and empty.
 ///
 /// Both are taken under the queue's lock, as a clear takes it: what was offered before a clear has the identity of before.
-fn take(volume: &Volume, patience: Duration) -> Option<(Vec<Offer>, Common)> {
+fn take(volume: &Volume, patience: Duration) -> Option<(Vec<Queued>, Common)> {
     let opened = volume.opened();
     let end = Instant::now() + patience;
     let mut queue = volume.queue.lock();
@@ -97,8 +97,9 @@ impl Keeper {
         let opened = volume.opened();
         if now >= self.sync {
             self.sync = now + SYNC_EVERY;
-            sync(volume, &opened);
-            if !opened.file.is_linked().unwrap_or(true) {
+            if opened.file.is_linked().unwrap_or(true) {
+                sync(volume, &opened);
+            } else {
                 reopen(volume);
             }
         }
@@ -148,9 +149,12 @@ fn sync(volume: &Volume, opened: &Opened) {
     if !opened.dirty.swap(false, Ordering::Relaxed) {
         return;
     }
-    if let Err(error) = opened.file.sync() {
-        add(&volume.counts.errors, 1);
-        volume.told(&volume.writes, false, &format!("flushed ({error})"));
+    match opened.file.sync() {
+        Ok(()) => volume.told(&volume.upkeep, true, "flushed"),
+        Err(error) => {
+            add(&volume.counts.errors, 1);
+            volume.told(&volume.upkeep, false, &format!("flushed ({error})"));
+        }
     }
 }
 
@@ -164,12 +168,13 @@ fn reopen(volume: &Arc<Volume>) {
             opened.scanning.store(false, Ordering::Relaxed);
             opened.index.lock().clear();
             volume.replace(opened);
+            volume.told(&volume.upkeep, true, "made anew");
             // Its ring has work under way that must end by itself.
             old.io.stop(Duration::ZERO);
         }
         Err(error) => {
             old.index.lock().clear();
-            volume.told(&volume.writes, false, &format!("made anew ({error})"));
+            volume.told(&volume.upkeep, false, &format!("made anew ({error})"));
         }
     }
 }
@@ -181,6 +186,8 @@ struct Block {
     slot: u32,
     digest: Digest,
     generation: u64,
+    /// Blocks that are to go after it.
+    then: Vec<BlockKey>,
     well: bool,
 }
 
@@ -196,14 +203,14 @@ struct Sheet {
     keys: Vec<BlockKey>,
 }
 
-fn write(volume: &Arc<Volume>, offers: Vec<Offer>, common: Common) {
+fn write(volume: &Arc<Volume>, offers: Vec<Queued>, common: Common) {
     if offers.is_empty() {
         return;
     }
     let opened = volume.opened();
-    let keys = offers.iter().map(|offer| offer.key).collect();
-    // The tail first: of one batch it is the first to go.
-    let blocks: Vec<Block> = offers.into_iter().rev().filter_map(|offer| place(volume, &opened, offer)).collect();
+    let keys = offers.iter().map(|queued| queued.offer.key).collect();
+    // The tail of a batch comes first here, and is the first to go.
+    let blocks: Vec<Block> = offers.into_iter().filter_map(|queued| place(volume, &opened, queued)).collect();
     let sheet = Sheet {
         volume: Arc::clone(volume),
         opened,
@@ -216,7 +223,7 @@ fn write(volume: &Arc<Volume>, offers: Vec<Offer>, common: Common) {
 }
 
 /// Gives a block a place. One that is there already, or for which no place can be had, is let go.
-fn place(volume: &Volume, opened: &Opened, offer: Offer) -> Option<Block> {
+fn place(volume: &Volume, opened: &Opened, Queued { offer, then }: Queued) -> Option<Block> {
     let key = offer.key;
     let digest = digest_slot(&volume.arena, offer.slot)?;
     let mut index = opened.index.lock();
@@ -226,7 +233,7 @@ fn place(volume: &Volume, opened: &Opened, offer: Offer) -> Option<Block> {
         add(&volume.counts.dropped, 1);
     }
     let generation = opened.generation.fetch_add(1, Ordering::Relaxed);
-    slot.map(|slot| Block { offer: Some(offer), key, slot, digest, generation, well: false })
+    slot.map(|slot| Block { offer: Some(offer), key, slot, digest, generation, then, well: false })
 }
 
 impl Sheet {
@@ -331,12 +338,13 @@ impl Sheet {
             // Offered before a clear, nothing of it is seen after.
             let current = self.opened.common.lock().slab == self.common.slab;
             for block in &blocks {
-                let Block { key, slot, digest, generation, well, .. } = block;
+                let Block { key, slot, digest, generation, then, well, .. } = block;
                 if *well && current {
                     written += u64::from(index.commit(*slot, key, *digest, *generation));
                 } else {
                     index.abandon(*slot, key);
                 }
+                then.iter().rev().for_each(|key| index.touch(key));
             }
         }
         let counts = &self.volume.counts;

@@ -1,4 +1,4 @@
-//! Whether a disk is worth asking. A fault is told once; what fails is tried again after a while.
+//! Whether a tier is worth asking. A fault is told once; what fails is tried again after a while.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// One kind of operation. After `patience` faults in a row it pauses, then one try decides.
 #[derive(Debug)]
-pub(super) struct Breaker {
+pub(crate) struct Breaker {
     patience: u32,
     faults: u32,
     pause: Duration,
@@ -19,7 +19,7 @@ pub(super) struct Breaker {
 
 /// What became of a fault or success, for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(crate) enum Turn {
     /// Nothing new.
     Same,
     /// It fails from now on.
@@ -31,30 +31,36 @@ pub(super) enum Turn {
 impl Breaker {
     /// One that pauses after `patience` faults in a row.
     #[must_use]
-    pub(super) const fn new(patience: u32) -> Self {
+    pub(crate) const fn new(patience: u32) -> Self {
         Self { patience, faults: 0, pause: FIRST_PAUSE, until: None, last_success: None }
     }
 
     /// Whether to try.
     #[must_use]
-    pub(super) fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.until.is_none_or(|until| Instant::now() >= until)
     }
 
     /// Whether the last tries failed.
     #[must_use]
-    pub(super) const fn is_failing(&self) -> bool {
+    pub(crate) const fn is_failing(&self) -> bool {
         self.until.is_some()
     }
 
     /// Whether nothing has succeeded for a while: then what comes too late is a fault, and not only one of many at once.
     #[must_use]
-    pub(super) fn is_stuck(&self) -> bool {
+    pub(crate) fn is_stuck(&self) -> bool {
         self.last_success.is_none_or(|last| last.elapsed() > STUCK)
     }
 
+    /// Whether something has succeeded after `start`.
+    #[must_use]
+    pub(crate) fn has_succeeded_since(&self, start: Instant) -> bool {
+        self.last_success.is_some_and(|last| last > start)
+    }
+
     /// A try failed.
-    pub(super) fn fault(&mut self) -> Turn {
+    pub(crate) fn fault(&mut self) -> Turn {
         self.faults += 1;
         if self.faults < self.patience {
             return Turn::Same;
@@ -69,7 +75,7 @@ impl Breaker {
     }
 
     /// A try succeeded.
-    pub(super) fn success(&mut self) -> Turn {
+    pub(crate) fn success(&mut self) -> Turn {
         let turn = if self.until.is_some() { Turn::Recovered } else { Turn::Same };
         *self = Self { last_success: Some(Instant::now()), ..Self::new(self.patience) };
         turn

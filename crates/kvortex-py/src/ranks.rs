@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvortex::SlotId;
 use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Rows, Seat};
+use kvortex::terms::{Priority, Terms, tick_at};
+use kvortex::{BlockKey, SlotId};
 use kvortex_mem::span::Pages;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -22,6 +23,12 @@ use crate::stream::{in_stream, stream_of};
 
 /// Ticket, packed positions, packed slots.
 type StorePlan<'py> = (u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+/// Packed keys that became visible, packed keys forgotten, stores that have ended.
+type Changes<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Vec<(u64, bool)>);
+
+/// Terms of a run of keys: how many, which priority, until which millisecond of the caller's clock.
+type Run = (usize, u8, Option<u64>);
 
 /// Decides for the ranks of one engine, in this process or in others. Its plans must reach each rank's `RankMover` once and in
 /// order; what came of them it learns by itself.
@@ -87,18 +94,21 @@ impl PyRankPlanner {
     }
 
     /// Plans to store the blocks that are not there: (ticket, packed positions, packed slots), or None. They become visible
-    /// once the loads `rests_on`, and all loads inside steps, have succeeded as well.
-    #[pyo3(signature = (keys, rests_on=Vec::new()), text_signature = "($self, keys, rests_on=())")]
+    /// once the loads `rests_on`, and all loads inside steps, have succeeded as well. `terms` are runs that cover the keys.
+    #[pyo3(signature = (keys, rests_on=Vec::new(), *, terms=Vec::new()),
+           text_signature = "($self, keys, rests_on=(), *, terms=())")]
     fn plan_store<'py>(
         &self,
         py: Python<'py>,
         keys: &Bound<'py, PyAny>,
         rests_on: Vec<u64>,
+        terms: Vec<Run>,
     ) -> PyResult<Option<StorePlan<'py>>> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
-            let stored = detached(py, || self.0.plan_store(keys.keys(), &rests_on))?;
+            let terms = each(&terms, keys.keys().len())?;
+            let stored = detached(py, || self.0.plan_store_on(keys.keys(), &terms, &rests_on))?;
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
                 (ticket.id(), packed(py, stored.positions.iter().copied()), slots)
@@ -109,6 +119,40 @@ impl PyRankPlanner {
     /// Makes visible what every rank has stored, and returns the loads that have ended since: (ticket, whether it succeeded).
     fn poll(&self, py: Python<'_>) -> PyResult<Vec<(u64, bool)>> {
         entry(py, || detached(py, || self.0.poll()).map(pairs))
+    }
+
+    /// Forgets the blocks whose life is over at this millisecond of the caller's clock, and returns how many those are.
+    fn expire(&self, py: Python<'_>, now_ms: u64) -> PyResult<usize> {
+        entry(py, || detached(py, || self.0.expire(tick_at(now_ms))))
+    }
+
+    /// Begins to note what `take_changes` tells.
+    fn watch(&self, py: Python<'_>) {
+        py.detach(|| self.0.watch());
+    }
+
+    /// What has changed since `watch` or the last call: packed keys of blocks that became visible, packed keys of blocks
+    /// forgotten, and the stores that have ended: (ticket, whether it succeeded).
+    fn take_changes<'py>(&self, py: Python<'py>) -> Changes<'py> {
+        let watched = py.detach(|| self.0.take_watched());
+        let keys =
+            |keys: &[BlockKey]| PyBytes::new(py, &keys.iter().flat_map(|key| *key.as_bytes()).collect::<Vec<u8>>());
+        (keys(&watched.changed.stored), keys(&watched.changed.removed), pairs(watched.stores))
+    }
+
+    /// What was counted so far, cheap enough for every step: capacity_blocks, used_blocks, stored_blocks, failed_stores,
+    /// refused_blocks, evicted_blocks, expired_blocks.
+    fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counts = self.0.counts();
+        let dict = PyDict::new(py);
+        dict.set_item("capacity_blocks", counts.capacity)?;
+        dict.set_item("used_blocks", counts.used)?;
+        dict.set_item("stored_blocks", counts.stored)?;
+        dict.set_item("failed_stores", counts.failed_stores)?;
+        dict.set_item("refused_blocks", counts.refused)?;
+        dict.set_item("evicted_blocks", counts.evicted)?;
+        dict.set_item("expired_blocks", counts.expired)?;
+        Ok(dict)
     }
 
     /// Forgets every block and returns how many there were. What is being stored does not become visible either.
@@ -278,6 +322,28 @@ fn rows_of(name: &str) -> PyResult<Rows> {
         "open" => Ok(Rows::Open),
         "one" => Ok(Rows::One),
         _ => Err(invalid(format!("rows = {name:?}: give one of \"private\", \"open\", \"one\""))),
+    }
+}
+
+/// The terms of each of `keys` keys; none for the usual ones.
+fn each(runs: &[Run], keys: usize) -> PyResult<Vec<Terms>> {
+    let covered = runs.iter().try_fold(0_usize, |sum, run| sum.checked_add(run.0));
+    if !runs.is_empty() && covered != Some(keys) {
+        return Err(invalid(format!("terms are for other than the {keys} keys: give runs that cover them")));
+    }
+    let mut terms = Vec::with_capacity(if runs.is_empty() { 0 } else { keys });
+    for &(count, priority, until_ms) in runs {
+        terms.extend(std::iter::repeat_n(Terms::new(priority_of(priority)?, until_ms), count));
+    }
+    Ok(terms)
+}
+
+fn priority_of(number: u8) -> PyResult<Priority> {
+    match number {
+        0 => Ok(Priority::Low),
+        1 => Ok(Priority::Normal),
+        2 => Ok(Priority::High),
+        _ => Err(invalid(format!("priority = {number}: give 0 (low), 1 (normal) or 2 (high)"))),
     }
 }
 

@@ -7,14 +7,16 @@
 //! every rank that stores has it.
 
 mod board;
+mod counts;
 mod mover;
 mod planner;
 mod rows;
 mod ticket;
 
 pub use board::{RankBoard, Seat};
+pub use counts::Counts;
 pub use kvortex_mem::copy::gpu::Lane;
 pub use mover::RankMover;
-pub use planner::{RankPlanner, Stored};
+pub use planner::{RankPlanner, Stored, Watched};
 pub use rows::Rows;
 pub use ticket::{Ended, RankTicket};

@@ -169,7 +169,8 @@ impl<P: Eviction> Index<P> {
         forgotten
     }
 
-    /// Begins to note which blocks become visible and which are forgotten. What is there now counts as just come.
+    /// Begins to note which blocks become visible and which are forgotten. What is there now counts as just come. Blocks that
+    /// a clock takes away are not told of, unless somebody shares them for good.
     pub fn watch(&self) {
         self.shards.iter().for_each(|shard| shard.0.lock().watch());
     }

@@ -149,6 +149,8 @@ impl<P: Eviction> Shard<P> {
             entry.mortal = terms.until != FOREVER;
             if entry.mortal {
                 wheel.add(node, terms.until);
+            } else if let (Place::Ready(_), Some(changes)) = (&entry.place, &mut self.changes) {
+                changes.stored(entry.key);
             }
         }
     }
@@ -168,7 +170,7 @@ impl<P: Eviction> Shard<P> {
         entry.place = Place::Ready(claim);
         self.ready += 1;
         self.order.admit(node, entry.priority.stamp(tick));
-        if let Some(changes) = &mut self.changes {
+        if let Some(changes) = self.changes.as_mut().filter(|_| !entry.mortal) {
             changes.stored(entry.key);
         }
         None
@@ -226,7 +228,6 @@ impl<P: Eviction> Shard<P> {
     pub(super) fn expire(&mut self, now: Tick, claims: &mut Vec<SlotClaim>) -> usize {
         let due = self.wheel.as_mut().map(|wheel| wheel.due(now)).unwrap_or_default();
         for &node in &due {
-            self.nodes[node as usize].mortal = false;
             claims.extend(self.forget(node));
         }
         due.len()
@@ -238,7 +239,7 @@ impl<P: Eviction> Shard<P> {
         let (ready, free) = (matches!(entry.place, Place::Ready(_)), entry.leases == 0);
         if ready {
             self.ready -= 1;
-            if let Some(changes) = &mut self.changes {
+            if let Some(changes) = self.changes.as_mut().filter(|_| !entry.mortal) {
                 changes.removed(entry.key);
             }
         }
@@ -250,10 +251,11 @@ impl<P: Eviction> Shard<P> {
         self.vacate(node)
     }
 
-    /// Begins to keep changes; what is there has just come.
+    /// Begins to keep changes; what is there has just come. Mortal blocks are never told of: nobody may hear in time when they
+    /// are over.
     pub(super) fn watch(&mut self) {
         let mut changes = Changes::default();
-        self.visible().for_each(|key| changes.stored(key));
+        self.told().for_each(|key| changes.stored(key));
         self.changes = Some(Box::new(changes));
     }
 
@@ -264,14 +266,16 @@ impl<P: Eviction> Shard<P> {
         }
     }
 
-    fn visible(&self) -> impl Iterator<Item = BlockKey> {
-        self.nodes.iter().filter(|node| node.listed && matches!(node.place, Place::Ready(_))).map(|node| node.key)
+    /// What changes are told of: visible blocks that nobody's clock takes away.
+    fn told(&self) -> impl Iterator<Item = BlockKey> {
+        let told = |node: &&Node| node.listed && !node.mortal && matches!(node.place, Place::Ready(_));
+        self.nodes.iter().filter(told).map(|node| node.key)
     }
 
     /// Forgets every block. Those leased or being written vanish when that ends.
     pub(super) fn clear(&mut self, claims: &mut Vec<SlotClaim>) -> usize {
         if let Some(mut changes) = self.changes.take() {
-            self.visible().for_each(|key| changes.removed(key));
+            self.told().for_each(|key| changes.removed(key));
             self.changes = Some(changes);
         }
         self.table.clear();

@@ -144,6 +144,10 @@ impl Model {
         }
     }
 
+    fn told(&self, key: usize) -> bool {
+        self.ready(key) && self.blocks[&key].terms.until == FOREVER
+    }
+
     fn pass(&mut self, ticks: Tick) -> usize {
         self.now += ticks;
         let before = self.blocks.len();
@@ -316,7 +320,7 @@ impl Pair {
             assert!(self.heard.insert(key), "stored twice");
         }
         let visible: BTreeSet<_> =
-            (0..90).filter(|&i| self.model.ready(i)).map(|i| Keys::from_slices(&[key(i)]).get(0)).collect();
+            (0..90).filter(|&i| self.model.told(i)).map(|i| Keys::from_slices(&[key(i)]).get(0)).collect();
         assert_eq!(self.heard, visible);
     }
 

@@ -60,7 +60,7 @@ impl Wheel {
         }
     }
 
-    /// Takes out what is due at `now`.
+    /// What is due at `now`; it must be taken out.
     pub(super) fn due(&mut self, now: Tick) -> Vec<NodeId> {
         let passed = now.saturating_sub(self.now);
         let mut due = Vec::new();
@@ -68,7 +68,6 @@ impl Wheel {
             let mut node = self.heads[tick as usize % TURN];
             while let Some(&Link { after, until, .. }) = self.links.get(node as usize) {
                 if until <= now {
-                    self.remove(node);
                     due.push(node);
                 }
                 node = after;
@@ -109,6 +108,7 @@ mod tests {
                 }
                 now += pass;
                 let mut due = wheel.due(now);
+                due.iter().for_each(|&node| wheel.remove(node));
                 due.sort_unstable();
                 let expected: Vec<_> = model.iter().filter(|&(_, &until)| until <= now).map(|(&node, _)| node).collect();
                 model.retain(|_, &mut until| until > now);

@@ -764,8 +764,9 @@ class RankPlanner:
     def take_changes(self) -> tuple[bytes, bytes, list[tuple[int, bool]]]:
         """Since the last call: packed keys that became visible, packed keys forgotten, stores that have ended.
 
-        A block that came and went, or went and came again, is in neither, so there is never more to tell than blocks told
-        of and blocks there. What a store made visible comes with its end: ticket, whether it succeeded.
+        A block that came and went, or went and came again, is in neither, so there is never more to tell than blocks
+        told of and blocks there. Nothing is told of blocks that are kept for a time only. What a store made visible
+        comes with its end: ticket, whether it succeeded.
         """
 
     def counts(self) -> dict[str, int]:
@@ -822,8 +823,15 @@ class RankMover:
     def ended_later(self) -> list[tuple[int, bool]]:
         """As ``ended_loads``, of those in the background."""
 
+    def ended_stores(self) -> list[tuple[int, bool]]:
+        """As ``ended_loads``, of stores."""
+
     def shutdown(self, timeout_ms: int = 5000) -> bool:
         """Refuses new copies and waits for those under way; whether all ended in time."""
+
+    @property
+    def stores(self) -> bool:
+        """Whether this rank stores: not where another one stores the same bytes for all."""
 
     @property
     def device(self) -> str:

@@ -272,6 +272,11 @@ impl PyRankMover {
         pairs(self.mover().take_ended(Lane::Background))
     }
 
+    /// As `ended_loads`, of stores.
+    fn ended_stores(&self) -> Vec<(u64, bool)> {
+        pairs(self.mover().take_ended(Lane::Store))
+    }
+
     /// Refuses new copies and waits for those under way; whether all ended in time.
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
     fn shutdown(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
@@ -287,6 +292,12 @@ impl PyRankMover {
     fn device(&self) -> String {
         let ordinal = self.mover().device().map(|device| device.info().ordinal);
         ordinal.map_or_else(|| "none".to_owned(), |ordinal| format!("cuda:{ordinal}"))
+    }
+
+    /// Whether this rank stores: not where another one stores the same bytes for all.
+    #[getter]
+    fn stores(&self) -> bool {
+        self.mover().stores()
     }
 
     /// Whether the memory is page-locked.

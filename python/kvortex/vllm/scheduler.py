@@ -8,13 +8,17 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexTimeoutError
+from kvortex.vllm import params
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
+from kvortex.vllm.stats import Ledger
 
 if TYPE_CHECKING:
     from kvortex import Lease, RankPlanner
+    from kvortex.vllm.events import EventSource
     from kvortex.vllm.layout import CacheLayout
     from kvortex.vllm.settings import LoadMode
+    from kvortex.vllm.stats import KVortexStats
 
 __all__ = ["SchedulerSide"]
 
@@ -33,16 +37,20 @@ class _Tracked:
         "keeps",
         "keys",
         "lease",
+        "loaded",
         "loading",
         "loads",
         "local",
+        "looked_up",
         "next_full",
         "offered",
         "request",
+        "wishes",
     )
 
-    def __init__(self, request: Any, block_tokens: int) -> None:
+    def __init__(self, request: Any, block_tokens: int, wishes: params.Wishes) -> None:
         self.request = request
+        self.wishes = wishes
         self.keys = RequestKeys()
         self.blocks: list[int] = []
         self.offered = 0
@@ -55,10 +63,14 @@ class _Tracked:
         self.background = False
         self.loading: int | None = None
         """Ticket of a load in the background."""
-        self.loads = True
+        self.loads = wishes.load
         """Whether to look for its blocks: not again after a load of them failed."""
-        self.keeps = True
+        self.keeps = wishes.store
         """Whether its blocks may be stored: not those computed before a reset."""
+        self.looked_up = False
+        """Whether its first lookup has been counted."""
+        self.loaded = 0
+        """Tokens that it was given, but for those whose load failed."""
 
     def start_over(self, block_tokens: int) -> None:
         """Offers all its blocks again."""
@@ -68,8 +80,19 @@ class _Tracked:
 class SchedulerSide:
     """Answers the scheduler's questions from the index, and turns its decisions into plans."""
 
-    def __init__(self, planner: RankPlanner, layout: CacheLayout, load_mode: LoadMode) -> None:
+    def __init__(
+        self,
+        planner: RankPlanner,
+        layout: CacheLayout,
+        load_mode: LoadMode,
+        *,
+        shares: int = 1,
+        events: EventSource | None = None,
+    ) -> None:
+        """``shares``: how many times a block is kept, on all ranks together."""
         self._planner = planner
+        self._ledger = Ledger(planner, layout.block_tokens, shares * layout.block_size_bytes)
+        self._events = events
         self._layout = layout
         self._source = KeySource()
         self._load_mode = load_mode
@@ -86,6 +109,10 @@ class SchedulerSide:
         """Those of them that have ended before."""
         self._held: dict[str, int] = {}
         """Blocks of requests that load, or have loaded, in the background and were not scheduled since."""
+        self._under_way: dict[int, tuple[_Tracked, int]] = {}
+        """Whom each load is for, and how many blocks it has."""
+        self._mortal = False
+        """Whether any request has ever asked that its blocks be kept for a time only."""
         self._ready = False
         self._refused = False
         self.hit_tokens = 0
@@ -119,6 +146,9 @@ class SchedulerSide:
         if self._is_being_loaded(keys):
             return None, False
         lease = self._planner.lease_prefix(keys)
+        if not tracked.looked_up:
+            tracked.looked_up = True
+            self._ledger.looked_up(len(keys) // KEY, len(lease))
         if not len(lease):
             return 0, False
         tracked.lease = lease
@@ -145,6 +175,8 @@ class SchedulerSide:
         self._step.loads.append(load)
         self._step.written.extend(targets)
         self.hit_tokens += num_external_tokens
+        tracked.loaded += num_external_tokens
+        self._under_way[ticket] = (tracked, count)
         if tracked.background:
             tracked.loading = ticket
             self._unreported.add(request.request_id)
@@ -189,7 +221,7 @@ class SchedulerSide:
                 ids = new[0]
                 if name in resumed:
                     # The table is new, and everything in it was computed or found since.
-                    tracked.blocks, tracked.keeps = list(ids), True
+                    tracked.blocks, tracked.keeps = list(ids), tracked.wishes.store
                     self._held.pop(name, None)
                     tracked.start_over(self._block_tokens)
                     step.written.extend(ids[tracked.local :])
@@ -200,23 +232,24 @@ class SchedulerSide:
             if tokens >= tracked.next_full:
                 full.append((tracked, tokens))
 
-    def finished(self, request: Any) -> bool:
-        """The request has ended. Whether the ranks will still report a load into its blocks.
+    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.
 
         The planner may know the load's end before; but a report comes for every load, and only once.
         """
         name = request.request_id
         tracked = self._tracked.pop(name, None)
         if tracked is None:
-            return False
+            return False, None
         self._held.pop(name, None)
         self._end_lease(tracked)
         self._poll()
+        report = {params.LOADED_TOKENS: {"host": tracked.loaded}} if tracked.wishes.report else None
         if name not in self._unreported:
-            return False
+            return False, report
         self._unreported.remove(name)
         self._left.add(name)
-        return True
+        return True, report
 
     def reported(self, names: set[str]) -> set[str]:
         """The ranks report that the loads of ``names`` have ended; returns those of requests that had ended before."""
@@ -250,12 +283,23 @@ class SchedulerSide:
         """Numbers of the planner, and ``hit_tokens``."""
         return {**self._planner.get_stats(), "hit_tokens": self.hit_tokens}
 
+    def take_counts(self) -> KVortexStats | None:
+        """What was counted since the last call."""
+        return self._ledger.take()
+
+    def take_events(self) -> list[Any]:
+        """What became visible or was forgotten since the last call, if somebody listens."""
+        return self._events.take() if self._events is not None else []
+
     # What goes on inside.
 
     def _track(self, request: Any) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens)
+            wishes, ignored = params.read(request.kv_transfer_params)
+            self._ledger.ignored(ignored.values, ignored.keys)
+            self._mortal |= wishes.ttl_ms is not None
+            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)
         return tracked
 
     def _keys_of(self, tracked: _Tracked) -> bytes:
@@ -275,15 +319,24 @@ class SchedulerSide:
         return self._ready
 
     def _poll(self) -> None:
+        if self._mortal:
+            self._planner.expire(_now_ms())
         for ticket, ok in self._planner.poll():
             if not ok:
                 log.warning("load %d failed; what it was for is computed", ticket)
+            self._count_load(ticket, ok)
             for key, (other, _) in list(self._loading.items()):
                 if other == ticket:
                     del self._loading[key]
             for tracked in self._tracked.values():
                 if tracked.loading == ticket:
                     tracked.loading, tracked.loads = None, ok
+
+    def _count_load(self, ticket: int, ok: bool) -> None:
+        asker, blocks = self._under_way.pop(ticket, (None, 0))
+        self._ledger.loaded(blocks, ok)
+        if asker is not None and not ok:
+            asker.loaded -= blocks * self._block_tokens
 
     def _is_background(self, local: int, count: int) -> bool:
         """Whether to load ``count`` blocks, beyond ``local`` that the engine has, beside the steps."""
@@ -308,6 +361,7 @@ class SchedulerSide:
             return None
         keys: list[bytes] = []
         blocks = block_ids()
+        runs: list[tuple[_Tracked, int]] = []
         for tracked, tokens in full:
             packed = self._keys_of(tracked)
             first = tracked.offered
@@ -316,9 +370,17 @@ class SchedulerSide:
                 tracked.next_full = (end + 1) * self._block_tokens
             elif end > first:
                 keys.append(packed[first * KEY : end * KEY])
+                runs.append((tracked, first))
                 blocks.extend(tracked.blocks[first:end])
                 tracked.offered, tracked.next_full = end, (end + 1) * self._block_tokens
-        planned = self._planner.plan_store(b"".join(keys)) if keys else None
+        if not keys:
+            return None
+        counts = [len(run) // KEY for run in keys]
+        wished = zip(counts, (tracked.wishes for tracked, _ in runs), strict=True)
+        planned = self._planner.plan_store(b"".join(keys), terms=params.terms(wished, _now_ms()))
+        if self._events is not None:
+            described = ((tracked.request, run, first) for (tracked, first), run in zip(runs, keys, strict=True))
+            self._events.planned(planned[0] if planned is not None else None, described)
         if planned is None:
             return None
         ticket, positions, slots = planned
@@ -329,3 +391,7 @@ class SchedulerSide:
         if tracked.lease is not None:
             tracked.lease.release()
             tracked.lease = None
+
+
+def _now_ms() -> int:
+    return int(time.monotonic() * 1000)

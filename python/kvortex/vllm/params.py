@@ -95,6 +95,8 @@ def read(given: Any) -> tuple[Wishes, Ignored]:
 
 
 def _read(given: Any) -> tuple[Wishes, Ignored]:
+    if not issubclass(type(given), dict):
+        return DEFAULT, Ignored(values=1)
     wishes: dict[str, Any] = {}
     values = keys = 0
     for key, value in dict(given).items():

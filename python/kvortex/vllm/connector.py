@@ -15,7 +15,7 @@ from kvortex.vllm import layout as layouts
 from kvortex.vllm.identity import check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
-from kvortex.vllm.stats import KVortexPromMetrics, KVortexStats
+from kvortex.vllm.stats import HIT_SOURCE, KVortexPromMetrics, KVortexStats
 from kvortex.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class KVortexConnector(KVConnectorBase_V1):
     Raises UnsupportedError for what KVortex does not do, ConfigError for a knob that cannot work, and what
     ``KVortexEngine.create`` raises when memory is not to be had: each with what to do.
     """
+
+    _cache_hit_source = HIT_SOURCE
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig | None = None

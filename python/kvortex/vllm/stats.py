@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:
+    # Before 0.32 vLLM does not tell where tokens came from.
+    CacheHitSource = None
+
 if TYPE_CHECKING:
     from kvortex import RankPlanner
 
-__all__ = ["METRICS", "KVortexPromMetrics", "KVortexStats", "Ledger", "key"]
+__all__ = ["HIT_SOURCE", "METRICS", "KVortexPromMetrics", "KVortexStats", "Ledger", "key"]
 
 HOST, LOAD, STORE = "host", "load", "store"
+
+HIT_SOURCE = None if CacheHitSource is None else CacheHitSource.HOST
+"""What vLLM's own counter of cached tokens calls host memory."""
 
 
 class Metric(NamedTuple):

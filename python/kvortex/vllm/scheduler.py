@@ -296,7 +296,7 @@ class SchedulerSide:
     def _track(self, request: Any) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            wishes, ignored = params.read(request.kv_transfer_params)
+            wishes, ignored = params.read(getattr(request, "kv_transfer_params", None))
             self._ledger.ignored(ignored.values, ignored.keys)
             self._mortal |= wishes.ttl_ms is not None
             tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)

@@ -287,7 +287,8 @@ def hit_row(engine, length, link):
     limit = max(length * TOKEN_BYTES / link, forward)
     row |= {
         "hit_ms": statistics.median(hits) * 1e3, "hit_min_ms": min(hits) * 1e3, "hit_max_ms": max(hits) * 1e3,
-        "t0_ms": t0 * 1e3, "forward_ms": forward * 1e3, "limit_ms": limit * 1e3, "over_limit": (statistics.median(hits) - t0) / limit,
+        "t0_ms": t0 * 1e3, "forward_ms": forward * 1e3, "limit_ms": limit * 1e3,
+        "over_limit": (statistics.median(hits) - t0) / limit,
         "timeline": timeline, "warm_timeline": warm_line, "loaded": sorted(cached),
         "same_tokens": found == wanted, "same_bytes": same_bytes,
         "partial_loaded": partial_hit, "partial_without": none, "partial_same": partial == computed,

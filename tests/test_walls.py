@@ -13,7 +13,7 @@ CORE = ROOT / "crates/kvortex/src"
 # The floors of the core, lowest first. A module names its own floor and those below; a new one must choose its floor.
 FLOORS = [
     {"error", "sync"},
-    {"mask", "namespace", "layout", "fork", "eviction"},
+    {"mask", "namespace", "layout", "fork", "eviction", "terms"},
     {"key", "config", "tier"},
     {"index", "lease", "plan"},
     {"planner", "mover", "metrics", "ticket"},

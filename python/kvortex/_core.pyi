@@ -776,18 +776,50 @@ class RankPlanner:
     def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:
         """Plans to load the blocks of ``lease``, which is used up: ticket, and packed slots of 32 bits."""
 
-    def plan_store(self, keys: _Keys, rests_on: Sequence[int] = ()) -> tuple[int, bytes, bytes] | None:
+    def plan_store(
+        self, keys: _Keys, rests_on: Sequence[int] = (), *, terms: Sequence[tuple[int, int, int | None]] = ()
+    ) -> tuple[int, bytes, bytes] | None:
         """Plans to store what is not there: ticket, packed positions among ``keys``, packed slots. None for nothing.
 
         The blocks become visible once the loads ``rests_on``, and all loads inside steps, have succeeded as well.
+        ``terms`` are runs that cover the keys: how many, their priority (0 low, 1 normal, 2 high), and until which
+        millisecond of a clock of the caller's they are kept, or None. What is there already is kept on the higher
+        priority and for the longer time of all who stored it.
+        """
+
+    def expire(self, now_ms: int) -> int:
+        """Forgets what is kept until ``now_ms`` or before, at most a quarter of a second late. How many blocks."""
+
+    def watch(self) -> None:
+        """Begins to note what ``take_changes`` tells; what is there now has just come."""
+
+    def take_changes(self) -> tuple[bytes, bytes, list[tuple[int, bool]]]:
+        """Since the last call: packed keys that became visible, packed keys forgotten, stores that have ended.
+
+        A block that came and went, or went and came again, is in neither, so there is never more to tell than blocks
+        told of and blocks there. Nothing is told of blocks that are kept for a time only. What a store made visible
+        comes with its end: ticket, whether it succeeded.
+        """
+
+    def counts(self) -> dict[str, int]:
+        """capacity_blocks, used_blocks, stored_blocks, failed_stores, refused_blocks, evicted_blocks, expired_blocks.
+
+        Cheap enough for every step.
         """
 
     def plan_store_groups(
-        self, groups: BlockGroups, hashes: _Keys, blocks: bytes, rests_on: Sequence[int] = ()
+        self,
+        groups: BlockGroups,
+        hashes: _Keys,
+        blocks: bytes,
+        rests_on: Sequence[int] = (),
+        *,
+        terms: Sequence[tuple[int, int, int | None]] = (),
     ) -> tuple[int, bytes, bytes] | None:
         """As ``plan_store``, with one packed block of each group for each of ``hashes``, where 0 is none.
 
-        Returns the ticket, the packed blocks to be stored, and their packed slots.
+        Returns the ticket, the packed blocks to be stored, and their packed slots. ``terms`` are runs that cover the
+        hashes.
         """
 
     def poll(self) -> list[tuple[int, bool]]:
@@ -881,8 +913,15 @@ class RankMover:
     def ended_later(self) -> list[tuple[int, bool]]:
         """As ``ended_loads``, of those in the background."""
 
+    def ended_stores(self) -> list[tuple[int, bool]]:
+        """As ``ended_loads``, of stores."""
+
     def shutdown(self, timeout_ms: int = 5000) -> bool:
         """Refuses new copies and waits for those under way; whether all ended in time."""
+
+    @property
+    def stores(self) -> bool:
+        """Whether this rank stores: not where another one stores the same bytes for all."""
 
     @property
     def device(self) -> str:

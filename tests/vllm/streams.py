@@ -131,7 +131,7 @@ class StreamMover:
     The engine's stream waits for whole loads inside the step, for parts that are held, and in a fence.
     """
 
-    device, pinned = "cuda:0", True
+    device, pinned, stores = "cuda:0", True, True
 
     def __init__(self, real, device, views, scratch, faults, counts):
         self.real, self.device, self.views = real, device, views
@@ -189,6 +189,10 @@ class StreamMover:
     def ended_later(self):
         """As ``RankMover.ended_later``."""
         return self.real.ended_later()
+
+    def ended_stores(self):
+        """As ``RankMover.ended_stores``."""
+        return self.real.ended_stores()
 
     def shutdown(self, timeout_ms=5000):
         """As ``RankMover.shutdown``."""

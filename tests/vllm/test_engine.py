@@ -1,5 +1,6 @@
 """Real engines on the CPU: the same tokens from our blocks as computed, and none from anything else."""
 
+import contextlib
 import json
 import os
 import signal
@@ -178,8 +179,9 @@ def ask(port, path, body=None):
     return json.loads(text) if text.startswith(("{", "[")) else text
 
 
-@pytest.fixture
-def server(weights_folder, tmp_path):
+@contextlib.contextmanager
+def serving(weights_folder, tmp_path, *more):
+    """A server of its own process: its port, the process, and its log."""
     port, log = free_port(), tmp_path / "serve.log"
     transfer = {
         "kv_connector": "KVortexConnector",
@@ -191,7 +193,7 @@ def server(weights_folder, tmp_path):
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights_folder), "--port", str(port),
         "--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "1024",
         "--max-num-seqs", "4", "--block-size", "32", "--served-model-name", "small",
-        "--kv-transfer-config", json.dumps(transfer),
+        "--kv-transfer-config", json.dumps(transfer), *more,
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     with open(log, "w", encoding="utf-8") as file:
@@ -209,6 +211,12 @@ def server(weights_folder, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(60)
+
+
+@pytest.fixture
+def server(weights_folder, tmp_path):
+    with serving(weights_folder, tmp_path) as served:
+        yield served
 
 
 def hung_up_in_the_middle(port, body):

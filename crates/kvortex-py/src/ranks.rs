@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Rows, Seat};
-use kvortex::{Keys, SlotId};
+use kvortex::terms::{Priority, Terms, tick_at};
+use kvortex::{BlockKey, Keys, SlotId};
 use kvortex_mem::span::Pages;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -23,6 +24,12 @@ use crate::stream::{in_stream, stream_of};
 
 /// Ticket, packed positions, packed slots.
 type StorePlan<'py> = (u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+/// Packed keys that became visible, packed keys forgotten, stores that have ended.
+type Changes<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Vec<(u64, bool)>);
+
+/// Terms of a run of keys: how many, which priority, until which millisecond of the caller's clock.
+type Run = (usize, u8, Option<u64>);
 
 /// Decides for the ranks of one engine, in this process or in others. Its plans must reach each rank's `RankMover` once and in
 /// order; what came of them it learns by itself.
@@ -116,18 +123,21 @@ impl PyRankPlanner {
     }
 
     /// Plans to store the blocks that are not there: (ticket, packed positions, packed slots), or None. They become visible
-    /// once the loads `rests_on`, and all loads inside steps, have succeeded as well.
-    #[pyo3(signature = (keys, rests_on=Vec::new()), text_signature = "($self, keys, rests_on=())")]
+    /// once the loads `rests_on`, and all loads inside steps, have succeeded as well. `terms` are runs that cover the keys.
+    #[pyo3(signature = (keys, rests_on=Vec::new(), *, terms=Vec::new()),
+           text_signature = "($self, keys, rests_on=(), *, terms=())")]
     fn plan_store<'py>(
         &self,
         py: Python<'py>,
         keys: &Bound<'py, PyAny>,
         rests_on: Vec<u64>,
+        terms: Vec<Run>,
     ) -> PyResult<Option<StorePlan<'py>>> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
-            let stored = detached(py, || self.planner().plan_store(keys.keys(), &rests_on))?;
+            let terms = each(&terms, keys.keys().len())?;
+            let stored = detached(py, || self.planner().plan_store_on(keys.keys(), &terms, &rests_on))?;
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
                 (ticket.id(), packed(py, stored.positions.iter().copied()), slots)
@@ -136,10 +146,10 @@ impl PyRankPlanner {
     }
 
     /// As `plan_store`, of several groups: for each of `hashes` one block of each, packed, where 0 is none. Returns the ticket,
-    /// the blocks to be stored and their slots, packed.
+    /// the blocks to be stored and their slots, packed. `terms` are runs that cover the hashes.
     #[expect(clippy::too_many_arguments, reason = "each says one thing of the blocks, by name")]
-    #[pyo3(signature = (groups, hashes, blocks, rests_on=Vec::new()),
-           text_signature = "($self, groups, hashes, blocks, rests_on=())")]
+    #[pyo3(signature = (groups, hashes, blocks, rests_on=Vec::new(), *, terms=Vec::new()),
+           text_signature = "($self, groups, hashes, blocks, rests_on=(), *, terms=())")]
     fn plan_store_groups<'py>(
         &self,
         py: Python<'py>,
@@ -147,15 +157,18 @@ impl PyRankPlanner {
         hashes: &Bound<'py, PyAny>,
         blocks: &[u8],
         rests_on: Vec<u64>,
+        terms: Vec<Run>,
     ) -> PyResult<Option<StorePlan<'py>>> {
         entry(py, || {
             let hashes = PackedKeys::from_python(hashes)?;
             let blocks = words("blocks", blocks)?;
             let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
+            let terms = each(&terms, hashes.keys().len())?;
             let groups = groups.get().groups();
             let (stored, blocks) = detached(py, || {
+                let terms = groups.spread(&terms, &blocks);
                 let (keys, blocks) = groups.pick(hashes.keys(), &blocks)?;
-                Ok((self.planner().plan_store(Keys::from_slices(&keys), &rests_on)?, blocks))
+                Ok((self.planner().plan_store_on(Keys::from_slices(&keys), &terms, &rests_on)?, blocks))
             })?;
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
@@ -199,6 +212,40 @@ impl PyRankPlanner {
             let timeout = timeout_of(timeout_ms)?;
             Ok(py.detach(|| self.planner().leave_below(timeout)))
         })
+    }
+
+    /// Forgets the blocks whose life is over at this millisecond of the caller's clock, and returns how many those are.
+    fn expire(&self, py: Python<'_>, now_ms: u64) -> PyResult<usize> {
+        entry(py, || detached(py, || self.planner().expire(tick_at(now_ms))))
+    }
+
+    /// Begins to note what `take_changes` tells.
+    fn watch(&self, py: Python<'_>) {
+        py.detach(|| self.planner().watch());
+    }
+
+    /// What has changed since `watch` or the last call: packed keys of blocks that became visible, packed keys of blocks
+    /// forgotten, and the stores that have ended: (ticket, whether it succeeded).
+    fn take_changes<'py>(&self, py: Python<'py>) -> Changes<'py> {
+        let watched = py.detach(|| self.planner().take_watched());
+        let keys =
+            |keys: &[BlockKey]| PyBytes::new(py, &keys.iter().flat_map(|key| *key.as_bytes()).collect::<Vec<u8>>());
+        (keys(&watched.changed.stored), keys(&watched.changed.removed), pairs(watched.stores))
+    }
+
+    /// What was counted so far, cheap enough for every step: capacity_blocks, used_blocks, stored_blocks, failed_stores,
+    /// refused_blocks, evicted_blocks, expired_blocks.
+    fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counts = self.planner().counts();
+        let dict = PyDict::new(py);
+        dict.set_item("capacity_blocks", counts.capacity)?;
+        dict.set_item("used_blocks", counts.used)?;
+        dict.set_item("stored_blocks", counts.stored)?;
+        dict.set_item("failed_stores", counts.failed_stores)?;
+        dict.set_item("refused_blocks", counts.refused)?;
+        dict.set_item("evicted_blocks", counts.evicted)?;
+        dict.set_item("expired_blocks", counts.expired)?;
+        Ok(dict)
     }
 
     /// Forgets every block, on the disk too, and returns how many there were. What is being stored does not become visible
@@ -341,6 +388,11 @@ impl PyRankMover {
         pairs(self.mover().take_ended(Lane::Background))
     }
 
+    /// As `ended_loads`, of stores.
+    fn ended_stores(&self) -> Vec<(u64, bool)> {
+        pairs(self.mover().take_ended(Lane::Store))
+    }
+
     /// Refuses new copies and waits for those under way; whether all ended in time.
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
     fn shutdown(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
@@ -355,6 +407,12 @@ impl PyRankMover {
     fn device(&self) -> String {
         let ordinal = self.mover().device().map(|device| device.info().ordinal);
         ordinal.map_or_else(|| "none".to_owned(), |ordinal| format!("cuda:{ordinal}"))
+    }
+
+    /// Whether this rank stores: not where another one stores the same bytes for all.
+    #[getter]
+    fn stores(&self) -> bool {
+        self.mover().stores()
     }
 
     /// Whether the memory is page-locked.
@@ -390,6 +448,28 @@ fn rows_of(name: &str) -> PyResult<Rows> {
         "open" => Ok(Rows::Open),
         "one" => Ok(Rows::One),
         _ => Err(invalid(format!("rows = {name:?}: give one of \"private\", \"open\", \"one\""))),
+    }
+}
+
+/// The terms of each of `keys` keys; none for the usual ones.
+fn each(runs: &[Run], keys: usize) -> PyResult<Vec<Terms>> {
+    let covered = runs.iter().try_fold(0_usize, |sum, run| sum.checked_add(run.0));
+    if !runs.is_empty() && covered != Some(keys) {
+        return Err(invalid(format!("terms are for other than the {keys} keys: give runs that cover them")));
+    }
+    let mut terms = Vec::with_capacity(if runs.is_empty() { 0 } else { keys });
+    for &(count, priority, until_ms) in runs {
+        terms.extend(std::iter::repeat_n(Terms::new(priority_of(priority)?, until_ms), count));
+    }
+    Ok(terms)
+}
+
+fn priority_of(number: u8) -> PyResult<Priority> {
+    match number {
+        0 => Ok(Priority::Low),
+        1 => Ok(Priority::Normal),
+        2 => Ok(Priority::High),
+        _ => Err(invalid(format!("priority = {number}: give 0 (low), 1 (normal) or 2 (high)"))),
     }
 }
 

@@ -3,11 +3,13 @@
 //! A policy orders the blocks of one shard that may go: ready, and leased by nobody. The index asks every shard for its
 //! first and takes the one with the smallest stamp, so that the order is one order over all shards.
 
+use crate::terms::Priority;
+
 /// A node of a shard.
 pub type NodeId = u32;
 
-/// When a block became evictable, in ticks of the index. Blocks of one run get one stamp each, the tail's the smallest,
-/// so that the tail of a prefix goes before its head.
+/// How important a block is and when it became evictable, in ticks of the index. Blocks of one run get one stamp each, the
+/// tail's the smallest, so that the tail of a prefix goes before its head.
 pub type Stamp = u64;
 
 /// The contract of an eviction policy. Every method is O(1); the index calls them under the shard's lock.
@@ -15,7 +17,7 @@ pub type Stamp = u64;
 /// The index admits a node when its block becomes ready or loses its last lease, and withdraws it when the block is
 /// leased or forgotten. So a policy never sees a leased block and never has to skip one.
 pub trait Eviction: Default + Send {
-    /// `node` may go from now on. Stamps come in nearly ascending order.
+    /// `node` may go from now on. Stamps of one priority come in nearly ascending order.
     fn admit(&mut self, node: NodeId, stamp: Stamp);
     /// `node` may no longer go. It was admitted and not withdrawn since.
     fn withdraw(&mut self, node: NodeId);
@@ -36,28 +38,33 @@ struct Link {
     stamp: Stamp,
 }
 
-/// Least recently used: a doubly linked list threaded through an array that is indexed by node.
+/// Least recently used: for each priority a doubly linked list, threaded through an array that is indexed by node.
 pub struct Lru {
     links: Vec<Link>,
+    lists: [List; Priority::COUNT],
+}
+
+#[derive(Clone, Copy)]
+struct List {
     oldest: NodeId,
     newest: NodeId,
 }
 
 impl Default for Lru {
     fn default() -> Self {
-        Self { links: Vec::new(), oldest: NONE, newest: NONE }
+        Self { links: Vec::new(), lists: [List { oldest: NONE, newest: NONE }; Priority::COUNT] }
     }
 }
 
 impl Lru {
-    fn join(&mut self, older: NodeId, newer: NodeId) {
+    fn join(&mut self, list: usize, older: NodeId, newer: NodeId) {
         match self.links.get_mut(older as usize) {
             Some(link) => link.newer = newer,
-            None => self.oldest = newer,
+            None => self.lists[list].oldest = newer,
         }
         match self.links.get_mut(newer as usize) {
             Some(link) => link.older = older,
-            None => self.newest = older,
+            None => self.lists[list].newest = older,
         }
     }
 }
@@ -69,17 +76,19 @@ impl Eviction for Lru {
             self.links.resize(end, Link { older: NONE, newer: NONE, stamp: 0 });
         }
         self.links[node as usize].stamp = stamp;
-        self.join(self.newest, node);
-        self.join(node, NONE);
+        let list = Priority::of(stamp);
+        self.join(list, self.lists[list].newest, node);
+        self.join(list, node, NONE);
     }
 
     fn withdraw(&mut self, node: NodeId) {
-        let Link { older, newer, .. } = self.links[node as usize];
-        self.join(older, newer);
+        let Link { older, newer, stamp } = self.links[node as usize];
+        self.join(Priority::of(stamp), older, newer);
     }
 
     fn first(&self) -> Option<(NodeId, Stamp)> {
-        self.links.get(self.oldest as usize).map(|link| (self.oldest, link.stamp))
+        let list = self.lists.iter().find(|list| list.oldest != NONE)?;
+        self.links.get(list.oldest as usize).map(|link| (list.oldest, link.stamp))
     }
 
     fn bytes(&self) -> usize {
@@ -121,8 +130,14 @@ impl Watermarks {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use proptest::prelude::*;
+
+    fn priority() -> impl Strategy<Value = Priority> {
+        prop_oneof![Just(Priority::Low), Just(Priority::Normal), Just(Priority::High)]
+    }
 
     fn drain(lru: &mut Lru) -> Vec<NodeId> {
         std::iter::from_fn(|| {
@@ -151,16 +166,19 @@ mod tests {
         }
 
         #[test]
-        fn goes_in_the_order_of_admission(calls in prop::collection::vec(0_u32..20, 0..200)) {
-            let (mut lru, mut model) = (Lru::default(), Vec::new());
-            for (stamp, node) in calls.into_iter().enumerate() {
-                match model.iter().position(|&n| n == node) {
-                    Some(at) => { model.remove(at); lru.withdraw(node) }
-                    None => { model.push(node); lru.admit(node, stamp as Stamp) }
+        fn goes_by_priority_and_in_the_order_of_admission(
+            calls in prop::collection::vec((0_u32..20, priority()), 0..200),
+        ) {
+            let (mut lru, mut model) = (Lru::default(), BTreeMap::new());
+            for (tick, (node, priority)) in (0..).zip(calls) {
+                let stamp = priority.stamp(tick);
+                match model.iter().find(|&(_, &n)| n == node).map(|(&stamp, _)| stamp) {
+                    Some(old) => { model.remove(&old); lru.withdraw(node) }
+                    None => { model.insert(stamp, node); lru.admit(node, stamp) }
                 }
-                prop_assert_eq!(lru.first().map(|(node, _)| node), model.first().copied());
+                prop_assert_eq!(lru.first(), model.first_key_value().map(|(&stamp, &node)| (node, stamp)));
             }
-            prop_assert_eq!(drain(&mut lru), model);
+            prop_assert_eq!(drain(&mut lru), model.into_values().collect::<Vec<_>>());
         }
     }
 }

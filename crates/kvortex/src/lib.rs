@@ -46,6 +46,7 @@ mod profile;
 pub mod ranks;
 mod stats;
 mod sync;
+pub mod terms;
 mod ticket;
 pub mod tier;
 

@@ -9,6 +9,7 @@ use crate::lease::{Held, Lease};
 use crate::mask::BlockMask;
 use crate::plan::{Kind, Plan, Step, TicketId};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use crate::terms::Terms;
 use crate::tier::host::{SlotClaim, SlotId, SlotPool};
 
 /// One per engine: the index, the room, and what open plans rest on.
@@ -71,7 +72,13 @@ impl Planner {
     /// Plans to store the blocks that are not there. Room is made by eviction; blocks that find none are left out, the
     /// tail first.
     pub fn plan_store(&self, keys: Keys<'_>) -> StorePlan {
-        let reserved = self.index.reserve(keys);
+        self.plan_store_on(keys, &[])
+    }
+
+    /// As [`plan_store`](Self::plan_store), on terms for each key; without, on the usual ones. They hold for blocks that are
+    /// there as well.
+    pub fn plan_store_on(&self, keys: Keys<'_>, terms: &[Terms]) -> StorePlan {
+        let reserved = self.index.reserve_on(keys, terms);
         let wanted = reserved.reservation.len();
         let writing = reserved.reservation.begin(self.room(wanted));
         let refused = wanted - writing.len();

@@ -3,13 +3,15 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Key, key};
 use kvortex::ranks::{Ended, RankBoard, RankMover, RankPlanner, RankTicket, Seat};
-use kvortex::{EngineConfig, Keys, Namespace, SlotId};
+use kvortex::terms::{Priority, Terms, tick_at};
+use kvortex::{BlockKey, EngineConfig, Keys, Namespace, SlotId};
 use kvortex_mem::MemError;
 use kvortex_mem::copy::{CopyEngine, Done, HostCopy, Transfer};
 use kvortex_mem::device::RawStream;
@@ -170,6 +172,51 @@ fn a_plan_that_a_rank_never_saw_has_failed_there() {
     world.held.iter().for_each(|held| held.end(0, true));
     assert_eq!(world.visible(&keys[..1]), 0, "rank 1 never had it");
     assert_eq!(world.visible(&keys[1..]), 1);
+}
+
+#[test]
+fn a_store_is_told_of_with_its_blocks_and_counted() {
+    let (world, keys) = (world(2), keys(SLOTS + 2));
+    world.planner.watch();
+    let named = |changed: &[BlockKey]| changed.iter().map(|key| *key.as_bytes()).collect::<BTreeSet<_>>();
+    let kept = world.store(&keys[..3], &[]);
+    assert!(world.planner.take_watched().stores.is_empty());
+    world.held.iter().for_each(|held| held.end(0, true));
+    let lost = world.store(&keys[3..5], &[]);
+    world.held.iter().for_each(|held| held.end(0, false));
+    world.planner.poll().unwrap();
+    let watched = world.planner.take_watched();
+    assert_eq!(named(&watched.changed.stored), keys[..3].iter().copied().collect());
+    assert_eq!(watched.stores, [Ended { ticket: kept, ok: true }, Ended { ticket: lost, ok: false }]);
+    let refused = world.planner.plan_store(Keys::from_slices(&keys), &[]).unwrap().refused;
+    assert_eq!(refused, 2);
+    world.planner.reset().unwrap();
+    assert_eq!(named(&world.planner.take_watched().changed.removed), keys[..3].iter().copied().collect());
+    let counts = world.planner.counts();
+    assert_eq!((counts.stored, counts.failed_stores, counts.refused, counts.evicted), (3, 1, 2, 0));
+    assert_eq!((counts.capacity, counts.used), (8, 8), "a plan to store keeps its slots and those of what it found");
+}
+
+#[test]
+fn terms_say_what_goes_first_and_when() {
+    let (world, keys) = (world(1), keys(SLOTS + 2));
+    let terms = |priority, until_ms, count| vec![Terms::new(priority, until_ms); count];
+    let keep = |run: &[Key], terms: &[Terms]| {
+        let stored = world.planner.plan_store_on(Keys::from_slices(run), terms, &[]).unwrap();
+        world.movers[0].submit(stored.ticket.unwrap(), &stored.slots, pages(run.len(), 1).1).unwrap();
+        world.held[0].end(0, true);
+        assert_eq!(world.visible(run), run.len());
+    };
+    keep(&keys[..4], &terms(Priority::Normal, None, 4));
+    keep(&keys[4..6], &terms(Priority::Low, None, 2));
+    keep(&keys[6..SLOTS], &terms(Priority::High, Some(1000), SLOTS - 6));
+    keep(&keys[SLOTS..], &terms(Priority::Normal, None, 2));
+    assert_eq!((world.visible(&keys[..4]), world.visible(&keys[4..6])), (4, 0), "the low ones went");
+    assert_eq!(world.planner.expire(tick_at(999)).unwrap(), 0);
+    assert_eq!(world.planner.expire(tick_at(1000)).unwrap(), SLOTS - 6);
+    assert_eq!(world.visible(&keys[6..SLOTS]), 0);
+    let counts = world.planner.counts();
+    assert_eq!((counts.evicted, counts.expired, counts.used), (2, SLOTS as u64 - 6, 6));
 }
 
 #[test]

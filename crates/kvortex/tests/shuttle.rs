@@ -3,13 +3,15 @@
 #![cfg(shuttle)]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use kvortex::Keys;
 use kvortex::eviction::Watermarks;
 use kvortex::planner::Planner;
+use kvortex::terms::{Priority, Terms, Tick};
 use kvortex::tier::host::SlotPool;
-use shuttle::sync::Arc;
+use kvortex::{BlockKey, Keys};
+use shuttle::sync::{Arc, Mutex};
 use shuttle::thread;
 
 const SCHEDULES: usize = 1000;
@@ -19,12 +21,16 @@ struct World {
     planner: Planner,
     slots: SlotPool,
     bytes: Vec<AtomicU64>,
+    /// What somebody who only hears of changes takes for visible.
+    heard: Mutex<BTreeSet<BlockKey>>,
 }
 
 fn world(slots: u32) -> Arc<World> {
     let pool = SlotPool::new(slots);
     let planner = Planner::new(pool.clone(), Watermarks::new(slots as usize, 1.0, 0.0), Default::default());
-    Arc::new(World { planner, slots: pool, bytes: (0..slots).map(|_| AtomicU64::new(0)).collect() })
+    planner.index().watch();
+    let bytes = (0..slots).map(|_| AtomicU64::new(0)).collect();
+    Arc::new(World { planner, slots: pool, bytes, heard: Mutex::default() })
 }
 
 fn keys(ids: std::ops::Range<u64>) -> Vec<[u8; 32]> {
@@ -42,7 +48,11 @@ fn id(key: &[u8; 32]) -> u64 {
 
 impl World {
     fn save(&self, run: &[[u8; 32]], succeeds: bool) {
-        let planned = self.planner.plan_store(Keys::from_slices(run));
+        self.save_on(run, Terms::default(), succeeds);
+    }
+
+    fn save_on(&self, run: &[[u8; 32]], terms: Terms, succeeds: bool) {
+        let planned = self.planner.plan_store_on(Keys::from_slices(run), &vec![terms; run.len()]);
         for step in &planned.plan.steps {
             let bytes = &self.bytes[step.slot.0 as usize];
             bytes.store(TORN, Relaxed);
@@ -73,6 +83,14 @@ impl World {
         }
     }
 
+    /// Takes in what has changed.
+    fn listen(&self) {
+        let mut heard = self.heard.lock().unwrap();
+        let changed = self.planner.index().take_changes();
+        assert!(changed.removed.iter().all(|key| heard.remove(key)), "removed, but never stored");
+        assert!(changed.stored.into_iter().all(|key| heard.insert(key)), "stored twice");
+    }
+
     /// After all threads: nothing is in flight, and forgetting everything frees every slot.
     fn assert_clean(&self) {
         assert_eq!(self.planner.in_flight(), 0);
@@ -80,6 +98,12 @@ impl World {
         let stats = self.planner.index_stats();
         assert_eq!(stats.leased, 0);
         assert_eq!(self.slots.total() - self.slots.free(), stats.ready, "a slot leaked");
+        self.listen();
+        let heard: Vec<_> = self.heard.lock().unwrap().iter().map(|key| *key.as_bytes()).collect();
+        // Whatever is mortal goes; the rest was told of.
+        self.planner.index().expire(Tick::MAX - 1);
+        assert_eq!(heard.len(), self.planner.index_stats().ready);
+        assert!(self.planner.index().ready_mask(Keys::from_slices(&heard)).all(), "what was heard is not there");
         self.planner.index().clear();
         assert_eq!(self.slots.free(), self.slots.total());
     }
@@ -154,6 +178,53 @@ fn failing_saves_against_saves_of_the_same_keys() {
             |w| {
                 w.load(&keys(0..4));
                 w.planner.index().evict(2);
+            },
+        ],
+    );
+}
+
+#[test]
+fn expiry_against_writers_readers_and_eviction() {
+    schedules(
+        4,
+        &[
+            |w| {
+                w.save_on(&keys(0..3), Terms { priority: Priority::Low, until: 2 }, true);
+                w.planner.index().expire(3);
+            },
+            |w| {
+                w.load(&keys(0..3));
+                w.planner.index().expire(2);
+                w.save_on(&keys(1..4), Terms { until: 5, ..Terms::default() }, true);
+            },
+            |w| {
+                w.save_on(&keys(0..2), Terms { priority: Priority::High, until: 4 }, true);
+                w.lease_prefix(&keys(0..3));
+                w.planner.index().expire(5);
+            },
+        ],
+    );
+}
+
+#[test]
+fn changes_are_heard_while_others_save_evict_and_reset() {
+    schedules(
+        3,
+        &[
+            |w| {
+                w.save_on(&keys(0..3), Terms { until: 2, ..Terms::default() }, true);
+                w.save(&keys(1..3), true);
+            },
+            |w| {
+                w.save(&keys(10..12), true);
+                w.planner.index().expire(2);
+                w.planner.index().clear();
+            },
+            |w| {
+                for _ in 0..3 {
+                    w.listen();
+                    thread::yield_now();
+                }
             },
         ],
     );

@@ -11,11 +11,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
 from kvortex.vllm import disk as disks
+from kvortex.vllm import events, settings
 from kvortex.vllm import layout as layouts
-from kvortex.vllm import settings
 from kvortex.vllm.identity import EngineIdentity, check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
+from kvortex.vllm.stats import HIT_SOURCE, KVortexPromMetrics, KVortexStats
 from kvortex.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ OLDEST = (0, 15, 1)
 WAITS_FOR_ABORTED = (0, 25, 0)
 """Tested from here on: vLLM keeps the blocks of an aborted load until it has ended, reserves room for loads, and tells
 when it sleeps. Before, 0.15.1 was seen to do none of it."""
+
+ASKS_SCHEDULER = (0, 32, 0)
+"""Tested from here on: the scheduler's numbers are asked for in each step. Before, only if a rank has some."""
 
 
 def _log_as_vllm_does() -> None:
@@ -55,6 +59,8 @@ class KVortexConnector(KVConnectorBase_V1):
     Raises UnsupportedError for what KVortex does not do, ConfigError for a knob that cannot work, and what
     ``KVortexEngine.create`` raises when memory is not to be had: each with what to do.
     """
+
+    _cache_hit_source = HIT_SOURCE
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig | None = None
@@ -126,7 +132,8 @@ class KVortexConnector(KVConnectorBase_V1):
             log.info("%d engines (data parallelism) take %d bytes of host memory in all", engines, total)
         ahead = int(bool(_of(self._vllm.scheduler_config, "async_scheduling", False)))
         disk = disks.DiskSide(planner, self._config, self._layout.block_tokens, ahead) if has_disk else None
-        return SchedulerSide(planner, self._layout, mode, disk)
+        source = events.EventSource(planner, self._layout.block_tokens) if events.are_wanted(self._vllm) else None
+        return SchedulerSide(planner, self._layout, mode, disk, shares=self._shares, events=source)
 
     # Scheduler.
 
@@ -147,8 +154,12 @@ class KVortexConnector(KVConnectorBase_V1):
 
         Only vLLM that does not wait for aborted loads is told to keep them until those have ended.
         """
-        is_loading = self._of_scheduler.finished(request)
-        return is_loading and self._frees_aborted, None
+        is_loading, report = self._of_scheduler.finished(request)
+        return is_loading and self._frees_aborted, report
+
+    def take_events(self) -> list[Any]:
+        """KV events since the last call."""
+        return self._of_scheduler.take_events()
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -172,6 +183,33 @@ class KVortexConnector(KVConnectorBase_V1):
         if _of(model, "enable_sleep_mode", False) or _of(model, "enable_cumem_allocator", False):
             side.drain()
         return True
+
+    # Both.
+
+    def get_kv_connector_stats(self) -> KVortexStats | None:
+        """What was counted here since the last call."""
+        if self._scheduler is not None:
+            return self._scheduler.take_counts()
+        counted = self._worker.counts.take() if self._worker is not None else None
+        return None if counted is None or (counted.is_empty() and self._version >= ASKS_SCHEDULER) else counted
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVortexStats:
+        """Numbers that came from another process."""
+        return KVortexStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVortexPromMetrics:
+        """The metrics of every engine."""
+        return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # Scheduler.
 
     @property
     def requires_kv_delivery(self) -> bool:

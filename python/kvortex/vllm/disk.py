@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["DiskSide", "seen_layout", "why_off"]
 
 log = logging.getLogger("kvortex.vllm")
+
+COUNTED_EACH_S = 1.0
 
 ROOT_IS_RANDOM = (
     "vLLM's block hashes begin at random in each process; set PYTHONHASHSEED to the same number for every start"
@@ -94,6 +97,7 @@ class DiskSide:
         self._planner = planner
         self._config = config
         self._is_on = True
+        self._counted = 0.0
         deadline = config.disk_read_deadline_ms / 1000
         self.promotions = Promotions(planner, block_tokens, deadline, ahead)
         self.hit_tokens = 0
@@ -126,10 +130,21 @@ class DiskSide:
         """Whether a request waits for some of ``keys``."""
         return self._is_on and self.promotions.waits(name, keys)
 
-    def took(self, name: str, blocks: int) -> None:
-        """The request was given its first ``blocks`` blocks."""
-        self.hit_tokens += self.promotions.has_taken(name, blocks) * self._block_tokens
+    def took(self, name: str, blocks: int) -> int:
+        """The request was given its first ``blocks`` blocks; tokens of those that came from the disk for it."""
+        tokens = self.promotions.has_taken(name, blocks) * self._block_tokens
+        self.hit_tokens += tokens
         self.promotions.end(name)
+        return tokens
+
+    def counts(self) -> dict[str, Any] | None:
+        """What the disk has counted, at most once a second."""
+        now = time.monotonic()
+        if now < self._counted + COUNTED_EACH_S:
+            return None
+        self._counted = now
+        disk: dict[str, Any] | None = self._planner.get_stats()["disk"]
+        return disk
 
     def step(self, output: Any) -> None:
         """The engine scheduled a step: what runs waits no more."""

@@ -13,6 +13,7 @@ from kvortex.vllm.metadata import Store, block_ids
 
 if TYPE_CHECKING:
     from kvortex import Lease, RankPlanner
+    from kvortex.vllm.params import Terms
 
 __all__ = ["LayerGroup", "Tables"]
 
@@ -96,15 +97,21 @@ class Tables:
                     kept[index : gone * count : count] = [0] * gone
         return kept
 
-    def plan_store(self, planner: RankPlanner, hashes: bytes, blocks: array[int]) -> Store | None:
-        """Plans to store what is not there of ``blocks``, which have these hashes."""
+    def keys(self, hashes: bytes) -> list[bytes]:
+        """The packed keys of each group's blocks with these hashes."""
         if self._groups is None:
-            planned = planner.plan_store(hashes)
+            return [hashes]
+        return [self._groups.keys(group, hashes) for group in range(self._count)]
+
+    def plan_store(self, planner: RankPlanner, hashes: bytes, blocks: array[int], terms: Terms) -> Store | None:
+        """Plans to store what is not there of ``blocks``, which have these hashes, on ``terms``."""
+        if self._groups is None:
+            planned = planner.plan_store(hashes, terms=terms)
             if planned is None:
                 return None
             ticket, positions, slots = planned
             return Store(ticket, slots, block_ids(blocks[at] for at in array("I", positions)))
-        planned = planner.plan_store_groups(self._groups, hashes, blocks.tobytes())
+        planned = planner.plan_store_groups(self._groups, hashes, blocks.tobytes(), terms=terms)
         if planned is None:
             return None
         ticket, stored, slots = planned

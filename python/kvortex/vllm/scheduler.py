@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexTimeoutError
+from kvortex.vllm import params
 from kvortex.vllm.disk import FORGOTTEN
 from kvortex.vllm.groups import Tables
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
+from kvortex.vllm.stats import Ledger
 
 if TYPE_CHECKING:
     from kvortex import Lease, RankPlanner
     from kvortex.vllm.disk import DiskSide
+    from kvortex.vllm.events import EventSource
     from kvortex.vllm.layout import CacheLayout
     from kvortex.vllm.settings import LoadMode
+    from kvortex.vllm.stats import KVortexStats
 
 __all__ = ["SchedulerSide"]
 
@@ -36,16 +41,21 @@ class _Tracked:
         "keeps",
         "keys",
         "lease",
+        "loaded",
         "loading",
         "loads",
         "local",
+        "looked_up",
         "next_full",
         "offered",
+        "promoted",
         "request",
+        "wishes",
     )
 
-    def __init__(self, request: Any, block_tokens: int) -> None:
+    def __init__(self, request: Any, block_tokens: int, wishes: params.Wishes) -> None:
         self.request = request
+        self.wishes = wishes
         self.keys = RequestKeys()
         self.blocks: list[int] = []
         """As ``Tables`` lists them."""
@@ -61,14 +71,36 @@ class _Tracked:
         self.background = False
         self.loading: int | None = None
         """Ticket of a load in the background."""
-        self.loads = True
+        self.loads = wishes.load
         """Whether to look for its blocks: not again after a load of them failed."""
-        self.keeps = True
+        self.keeps = wishes.store
         """Whether its blocks may be stored: not those computed before a reset."""
+        self.looked_up = False
+        """Whether its first lookup has been counted."""
+        self.loaded = 0
+        """Tokens that it was given, but for those whose load failed."""
+        self.promoted = 0
+        """Those of them that came from the disk for it."""
 
     def start_over(self, block_tokens: int) -> None:
         """Offers all its blocks again."""
         self.offered, self.next_full = 0, block_tokens
+
+
+@dataclass(slots=True)
+class _Given:
+    """What a load brings to a request."""
+
+    to: _Tracked
+    blocks: int
+    tokens: int
+    promoted: int
+    """Tokens of these that came from the disk for it."""
+
+    def count(self, sign: int) -> None:
+        """Counts it, or with -1 takes that back."""
+        self.to.loaded += sign * self.tokens
+        self.to.promoted += sign * self.promoted
 
 
 _Filled = tuple[_Tracked, int, int]
@@ -79,9 +111,19 @@ class SchedulerSide:
     """Answers the scheduler's questions from the index, and turns its decisions into plans."""
 
     def __init__(
-        self, planner: RankPlanner, layout: CacheLayout, load_mode: LoadMode, disk: DiskSide | None = None
+        self,
+        planner: RankPlanner,
+        layout: CacheLayout,
+        load_mode: LoadMode,
+        disk: DiskSide | None = None,
+        *,
+        shares: int = 1,
+        events: EventSource | None = None,
     ) -> None:
+        """``shares``: how many times a block is kept, on all ranks together."""
         self._planner = planner
+        self._ledger = Ledger(planner, layout.block_tokens, shares * layout.block_size_bytes)
+        self._events = events
         self._disk = disk
         self._layout = layout
         self._source = KeySource()
@@ -100,6 +142,10 @@ class SchedulerSide:
         """Those of them that have ended before."""
         self._held: dict[str, int] = {}
         """Blocks of requests that load, or have loaded, in the background and were not scheduled since."""
+        self._under_way: dict[int, _Given] = {}
+        """What each load brings, and to whom."""
+        self._mortal = False
+        """Whether any request has ever asked that its blocks be kept for a time only."""
         self._ready = False
         self._refused = False
         self.hit_tokens = 0
@@ -133,6 +179,11 @@ class SchedulerSide:
         if self._is_being_loaded(keys) or (self._disk is not None and self._disk.waits(request.request_id, keys)):
             return None, False
         hit, lease = self._tables.lease(self._planner, keys, first, end)
+        if not tracked.looked_up:
+            tracked.looked_up = True
+            found = max(0, hit - first)
+            promoted = self._disk.promotions.has_taken(request.request_id, found) if self._disk is not None else 0
+            self._ledger.looked_up(end - first, found, promoted)
         if not len(lease):
             return 0, False
         tracked.lease, tracked.hit = lease, hit
@@ -160,8 +211,9 @@ class SchedulerSide:
         self._step.loads.append(load)
         self._step.written.extend(targets)
         self.hit_tokens += num_external_tokens
-        if self._disk is not None:
-            self._disk.took(request.request_id, count)
+        promoted = self._disk.took(request.request_id, count) if self._disk is not None else 0
+        given = self._under_way[ticket] = _Given(tracked, len(targets), num_external_tokens, promoted)
+        given.count(1)
         if tracked.background:
             tracked.loading = ticket
             self._unreported.add(request.request_id)
@@ -206,7 +258,7 @@ class SchedulerSide:
                 ids = self._tables.listed(new)
                 if name in resumed:
                     # The table is new, and everything in it was computed or found since.
-                    tracked.blocks, tracked.keeps = ids, True
+                    tracked.blocks, tracked.keeps = ids, tracked.wishes.store
                     self._held.pop(name, None)
                     tracked.start_over(self._block_tokens)
                     step.written.extend(self._tables.beyond(ids, tracked.local))
@@ -217,25 +269,26 @@ class SchedulerSide:
             if tokens >= tracked.next_full:
                 full.append((tracked, computed, tokens))
 
-    def finished(self, request: Any) -> bool:
-        """The request has ended. Whether the ranks will still report a load into its blocks.
+    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.
 
         The planner may know the load's end before; but a report comes for every load, and only once.
         """
         name = request.request_id
         tracked = self._tracked.pop(name, None)
         if tracked is None:
-            return False
+            return False, None
         self._held.pop(name, None)
         self._end_lease(tracked)
         if self._disk is not None:
             self._disk.promotions.end(name)
         self._poll()
+        report = {params.LOADED_TOKENS: self._sources(tracked)} if tracked.wishes.report else None
         if name not in self._unreported:
-            return False
+            return False, report
         self._unreported.remove(name)
         self._left.add(name)
-        return True
+        return True, report
 
     def reported(self, names: set[str]) -> set[str]:
         """The ranks report that the loads of ``names`` have ended; returns those of requests that had ended before."""
@@ -281,12 +334,23 @@ class SchedulerSide:
         disk = self._disk.stats() if self._disk is not None else {}
         return {**self._planner.get_stats(), "hit_tokens": self.hit_tokens, **disk}
 
+    def take_counts(self) -> KVortexStats | None:
+        """What was counted since the last call."""
+        return self._ledger.take(self._disk.counts() if self._disk is not None else None)
+
+    def take_events(self) -> list[Any]:
+        """What became visible or was forgotten since the last call, if somebody listens."""
+        return self._events.take() if self._events is not None else []
+
     # What goes on inside.
 
     def _track(self, request: Any) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens)
+            wishes, ignored = params.read(getattr(request, "kv_transfer_params", None))
+            self._ledger.ignored(ignored.values, ignored.keys)
+            self._mortal |= wishes.ttl_ms is not None
+            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)
         return tracked
 
     def _keys_of(self, tracked: _Tracked) -> bytes:
@@ -310,15 +374,29 @@ class SchedulerSide:
         return self._ready
 
     def _poll(self) -> None:
+        if self._mortal:
+            self._planner.expire(_now_ms())
         for ticket, ok in self._planner.poll():
             if not ok:
                 log.warning("load %d failed; what it was for is computed", ticket)
+            self._count_load(ticket, ok)
             for key, (other, _) in list(self._loading.items()):
                 if other == ticket:
                     del self._loading[key]
             for tracked in self._tracked.values():
                 if tracked.loading == ticket:
                     tracked.loading, tracked.loads = None, ok
+
+    def _count_load(self, ticket: int, ok: bool) -> None:
+        given = self._under_way.pop(ticket, None)
+        self._ledger.loaded(given.blocks if given is not None else 0, ok)
+        if given is not None and not ok:
+            given.count(-1)
+
+    def _sources(self, tracked: _Tracked) -> dict[str, int]:
+        """Tokens that a request was given, by tier."""
+        disk = {"disk": tracked.promoted} if self._disk is not None else {}
+        return {"host": tracked.loaded - tracked.promoted, **disk}
 
     def _is_background(self, local: int, count: int) -> bool:
         """Whether to load ``count`` blocks, beyond ``local`` that the engine has, beside the steps."""
@@ -343,6 +421,7 @@ class SchedulerSide:
             return None
         keys: list[bytes] = []
         blocks = block_ids()
+        runs: list[tuple[_Tracked, int]] = []
         for tracked, computed, tokens in full:
             packed = self._keys_of(tracked)
             first, behind = tracked.offered, self._behind(tracked, tokens)
@@ -352,9 +431,21 @@ class SchedulerSide:
                 tracked.next_full = (max(end, first) + 1 + behind) * self._block_tokens
             elif end > first:
                 keys.append(packed[first * KEY : end * KEY])
+                runs.append((tracked, first))
                 blocks.extend(self._tables.kept(tracked.blocks, first, end, computed))
                 tracked.offered, tracked.next_full = end, (end + 1 + behind) * self._block_tokens
-        return self._tables.plan_store(self._planner, b"".join(keys), blocks) if keys else None
+        if not keys:
+            return None
+        wished = [(len(run) // KEY, tracked.wishes) for (tracked, _), run in zip(runs, keys, strict=True)]
+        store = self._tables.plan_store(self._planner, b"".join(keys), blocks, params.terms(wished, _now_ms()))
+        if self._events is not None:
+            described = (
+                (tracked.request, packed, first, group)
+                for (tracked, first), run in zip(runs, keys, strict=True)
+                for group, packed in enumerate(self._tables.keys(run))
+            )
+            self._events.planned(store.ticket if store is not None else None, described)
+        return store
 
     def _behind(self, tracked: _Tracked, tokens: int) -> int:
         """Full blocks that are not stored yet: the last one while tokens are generated, where a drafter's layers look
@@ -366,3 +457,7 @@ class SchedulerSide:
         if tracked.lease is not None:
             tracked.lease.release()
             tracked.lease = None
+
+
+def _now_ms() -> int:
+    return int(time.monotonic() * 1000)

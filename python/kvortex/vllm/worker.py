@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from kvortex import Parts
+from kvortex.vllm.stats import LOAD, STORE, CopyCounts
 
 if TYPE_CHECKING:
     from kvortex import PagedBlocks, PagedCache, RankMover
@@ -35,6 +36,7 @@ class WorkerSide:
         self._background: dict[int, Load] = {}
         self._unstarted: list[int] = []
         self._failed: list[Load] = []
+        self.counts = CopyCounts(cache.block_size_bytes)
 
     def begin(self, step: KVortexMetadata) -> None:
         """A step begins; called again for the same step it does nothing."""
@@ -71,11 +73,13 @@ class WorkerSide:
             self._background[load.ticket] = load
             try:
                 self._mover.load_later(load.ticket, load.slots, blocks)
+                self.counts.started(LOAD, load.ticket, len(blocks))
             except Exception:
                 log.exception("load %d did not start", load.ticket)
                 self._unstarted.append(load.ticket)
 
     def _load_inside(self, load: Load, blocks: PagedBlocks, hooks: LayerHooks | None) -> None:
+        self.counts.started(LOAD, load.ticket, len(blocks))
         if hooks is None:
             self._mover.load(load.ticket, load.slots, blocks)
             return
@@ -102,7 +106,9 @@ class WorkerSide:
             self._hooks.end()
         if step.store is not None:
             try:
-                self._mover.store(step.store.ticket, step.store.slots, self._cache.blocks(step.store.blocks))
+                blocks = self._cache.blocks(step.store.blocks)
+                self._mover.store(step.store.ticket, step.store.slots, blocks)
+                self.counts.started(STORE, step.store.ticket, len(blocks) if self._mover.stores else 0)
             except Exception:
                 log.exception("store %d did not start; its blocks are not kept", step.store.ticket)
 
@@ -124,12 +130,15 @@ class WorkerSide:
 
         Raises RuntimeError for a load inside a step that failed after its start: the step computed with wrong bytes.
         """
-        failed = [ticket for ticket, ok in self._mover.ended_loads() if not ok]
+        ended, later = self._mover.ended_loads(), self._mover.ended_later()
+        for ticket, ok in (*ended, *later, *self._mover.ended_stores()):
+            self.counts.ended(ticket, ok)
+        failed = [ticket for ticket, ok in ended if not ok]
         if failed:
             raise RuntimeError(f"loads {failed}, which a step was promised, failed: what it computed is wrong")
         received: set[str] = set()
         unstarted, self._unstarted = [(ticket, False) for ticket in self._unstarted], []
-        for ticket, ok in unstarted + self._mover.ended_later():
+        for ticket, ok in unstarted + later:
             load = self._background.pop(ticket, None)
             if load is None:
                 continue

@@ -4,9 +4,12 @@
 //! no lock order to keep. Claims that become free under a lock are dropped outside of it.
 
 mod batch;
+mod changes;
 mod reservation;
 mod shard;
+mod wheel;
 
+pub use changes::Changed;
 pub use reservation::{Reservation, Reserved, Writing};
 
 use crate::eviction::{Eviction, Lru, NodeId, Stamp};
@@ -15,6 +18,7 @@ use crate::key::Keys;
 use crate::lease::{Held, Lease};
 use crate::mask::BlockMask;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::terms::Tick;
 use crate::tier::host::{SlotClaim, SlotId, SlotPool};
 use batch::{Batch, SHARDS};
 use shard::{Found, NOWHERE, Shard};
@@ -37,6 +41,8 @@ pub struct Index<P: Eviction = Lru> {
     /// The stamp of the block to go first, per shard, written under the shard's lock. Read without it, so only a hint.
     first: [AtomicU64; SHARDS],
     clock: AtomicU64,
+    /// The latest tick of the callers' clock.
+    now: AtomicU64,
     slots: SlotPool,
     owner: Owner,
 }
@@ -65,6 +71,7 @@ impl<P: Eviction> Index<P> {
             shards: (0..SHARDS).map(|_| Line(Mutex::new(Shard::default()))).collect(),
             first: std::array::from_fn(|_| AtomicU64::new(Stamp::MAX)),
             clock: AtomicU64::new(0),
+            now: AtomicU64::new(0),
             owner: Owner::this_process(),
         }
     }
@@ -148,6 +155,32 @@ impl<P: Eviction> Index<P> {
         let forgotten = (0..SHARDS).map(|shard| self.change(shard, |locked| locked.clear(&mut claims))).sum();
         self.slots.return_many(claims);
         forgotten
+    }
+
+    /// Forgets every block whose life is over at `now` and tells how many those are. Those leased or being written vanish
+    /// when that ends. Does nothing unless time has passed.
+    pub fn expire(&self, now: Tick) -> usize {
+        if self.now.fetch_max(now.into(), Ordering::Relaxed) >= now.into() {
+            return 0;
+        }
+        let mut claims = Vec::new();
+        let forgotten = (0..SHARDS).map(|shard| self.change(shard, |locked| locked.expire(now, &mut claims))).sum();
+        self.slots.return_many(claims);
+        forgotten
+    }
+
+    /// Begins to note which blocks become visible and which are forgotten. What is there now counts as just come. Blocks that
+    /// a clock takes away are not told of, unless somebody shares them for good.
+    pub fn watch(&self) {
+        self.shards.iter().for_each(|shard| shard.0.lock().watch());
+    }
+
+    /// What has changed since [`watch`](Self::watch) or the last call. Of blocks that came and went in between nothing is
+    /// told, so there is never more of it than blocks told of and blocks there.
+    pub fn take_changes(&self) -> Changed {
+        let mut changed = Changed::default();
+        self.shards.iter().for_each(|shard| shard.0.lock().take_changes(&mut changed));
+        changed
     }
 
     /// Numbers at this moment, shard by shard.

@@ -6,7 +6,8 @@ use crate::eviction::{Eviction, Lru, Stamp};
 use crate::key::Keys;
 use crate::lease::Held;
 use crate::mask::BlockMask;
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
+use crate::terms::{Terms, Tick};
 use crate::tier::host::{SlotClaim, SlotId};
 
 /// What became of a request for blocks that are to be stored.
@@ -43,6 +44,13 @@ struct Places<P: Eviction> {
 impl<P: Eviction> Index<P> {
     /// Inserts the keys that are not there, invisible until they are published.
     pub fn reserve(self: &Arc<Self>, keys: Keys<'_>) -> Reserved<P> {
+        self.reserve_on(keys, &[])
+    }
+
+    /// As [`reserve`](Self::reserve), on terms for each key; without, on the usual ones. Blocks that are there, or on their
+    /// way, are shared from now on.
+    pub fn reserve_on(self: &Arc<Self>, keys: Keys<'_>, terms: &[Terms]) -> Reserved<P> {
+        let now = self.now.load(Ordering::Relaxed) as Tick;
         let mut ready = BlockMask::new(keys.len());
         let mut pending = 0;
         let (mut handles, mut held) = (Vec::with_capacity(keys.len()), Vec::new());
@@ -52,14 +60,22 @@ impl<P: Eviction> Index<P> {
                 for probe in probes {
                     let position = probe.position as usize;
                     let handle = |node| Handle { shard: shard as u32, node, rank: probe.position };
+                    let terms = terms.get(position).copied().unwrap_or_default();
                     match locked.find(probe.hash, &keys.get(position), &mut last) {
                         Found::Ready(node) => {
                             ready.set(position);
                             locked.lease(node);
+                            locked.share(node, terms);
                             held.push(handle(node));
                         }
-                        Found::Pending => pending += 1,
-                        Found::Nothing => handles.push(handle(locked.reserve(probe.hash, keys.get(position)))),
+                        Found::Pending(node) => {
+                            locked.share(node, terms);
+                            pending += 1;
+                        }
+                        Found::Nothing => {
+                            let node = locked.reserve(probe.hash, keys.get(position), (terms, now));
+                            handles.push(handle(node));
+                        }
                     }
                 }
             });

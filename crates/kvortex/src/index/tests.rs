@@ -1,11 +1,13 @@
 //! The index against a model that anyone can check by eye.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::key::BlockKey;
+use crate::terms::{FOREVER, Priority, Terms};
 use crate::tier::host::SlotPool;
 
 fn key(i: usize) -> [u8; 32] {
@@ -25,8 +27,8 @@ fn new(slots: u32) -> (Arc<Index>, SlotPool) {
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// Starts to store a run.
-    Reserve(Range<usize>),
+    /// Starts to store a run, on these terms; a life counts from now.
+    Reserve(Range<usize>, Terms),
     /// Ends the store that was started as number `.0` of those still open.
     Publish(usize),
     Abandon(usize),
@@ -35,6 +37,15 @@ enum Op {
     Release(usize),
     Evict(usize),
     Clear,
+    /// Lets so many ticks pass.
+    Pass(Tick),
+    /// Asks what has changed.
+    Listen,
+}
+
+fn terms() -> impl Strategy<Value = Terms> {
+    let priority = prop_oneof![1 => Just(Priority::Low), 3 => Just(Priority::Normal), 1 => Just(Priority::High)];
+    (priority, prop_oneof![2 => Just(FOREVER), 1 => 0_u32..40]).prop_map(|(priority, until)| Terms { priority, until })
 }
 
 fn run() -> impl Strategy<Value = Range<usize>> {
@@ -43,7 +54,7 @@ fn run() -> impl Strategy<Value = Range<usize>> {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => run().prop_map(Op::Reserve),
+        4 => (run(), terms()).prop_map(|(run, terms)| Op::Reserve(run, terms)),
         4 => (0_usize..4).prop_map(Op::Publish),
         1 => (0_usize..4).prop_map(Op::Abandon),
         3 => run().prop_map(Op::Lease),
@@ -51,16 +62,20 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0_usize..4).prop_map(Op::Release),
         2 => (0_usize..20).prop_map(Op::Evict),
         1 => Just(Op::Clear),
+        2 => (0_u32..10).prop_map(Op::Pass),
+        2 => Just(Op::Listen),
     ]
 }
 
-/// A block of the model: the number of its store, its slot once it is ready, its leases and when it was last used.
+/// A block of the model: the number of its store, its slot once it is ready, its leases, when it was last used, and on which
+/// terms it is kept.
 #[derive(Clone, Debug)]
 struct Entry {
     store: usize,
     slot: Option<SlotId>,
     leases: Vec<usize>,
     used: u64,
+    terms: Terms,
 }
 
 /// Everything in one ordered map and a clock; forgotten blocks that somebody holds are not in it.
@@ -69,6 +84,7 @@ struct Model {
     blocks: BTreeMap<usize, Entry>,
     clock: u64,
     next: usize,
+    now: Tick,
 }
 
 impl Model {
@@ -111,10 +127,32 @@ impl Model {
         let mut slots = Vec::new();
         for _ in 0..count {
             let free = self.blocks.iter().filter(|(_, entry)| entry.slot.is_some() && entry.leases.is_empty());
-            let Some(key) = free.min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key) else { break };
+            let first = free.min_by_key(|(_, entry)| (entry.terms.priority, entry.used));
+            let Some(key) = first.map(|(&key, _)| key) else { break };
             slots.extend(self.blocks.remove(&key).and_then(|entry| entry.slot));
         }
         slots
+    }
+}
+
+impl Model {
+    /// A store of `key` shares what is there.
+    fn share(&mut self, key: usize, terms: Terms) {
+        if let Some(entry) = self.blocks.get_mut(&key) {
+            entry.terms.priority = entry.terms.priority.max(terms.priority);
+            entry.terms.until = entry.terms.until.max(terms.until);
+        }
+    }
+
+    fn told(&self, key: usize) -> bool {
+        self.ready(key) && self.blocks[&key].terms.until == FOREVER
+    }
+
+    fn pass(&mut self, ticks: Tick) -> usize {
+        self.now += ticks;
+        let before = self.blocks.len();
+        self.blocks.retain(|_, entry| entry.terms.until > self.now);
+        before - self.blocks.len()
     }
 }
 
@@ -139,17 +177,21 @@ struct Pair {
     model: Model,
     stores: Vec<OpenStore>,
     leases: Vec<OpenLease>,
+    /// The blocks that somebody who only hears of changes takes for visible.
+    heard: BTreeSet<BlockKey>,
 }
 
 impl Pair {
     fn new() -> Self {
         let (index, pool) = new(1000);
-        Self { index, pool, model: Model::default(), stores: Vec::new(), leases: Vec::new() }
+        index.watch();
+        let heard = BTreeSet::new();
+        Self { index, pool, model: Model::default(), stores: Vec::new(), leases: Vec::new(), heard }
     }
 
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Reserve(run) => self.reserve(run),
+            Op::Reserve(run, terms) => self.reserve(run, terms),
             Op::Publish(i) if i < self.stores.len() => self.publish(i),
             Op::Abandon(i) if i < self.stores.len() => self.abandon(i),
             Op::Lease(run) => self.lease(run),
@@ -157,12 +199,18 @@ impl Pair {
             Op::Release(i) if i < self.leases.len() => self.release(i),
             Op::Evict(count) => self.evict(count),
             Op::Clear => self.clear(),
+            Op::Pass(ticks) => self.pass(ticks),
+            Op::Listen => self.listen(),
             Op::Publish(_) | Op::Abandon(_) | Op::Release(_) => {}
         }
     }
 
-    fn reserve(&mut self, run: Range<usize>) {
-        let reserved = self.index.reserve(Keys::from_slices(&keys(run.clone())));
+    fn reserve(&mut self, run: Range<usize>, terms: Terms) {
+        let until = if terms.until == FOREVER { FOREVER } else { self.model.now + terms.until };
+        let each = vec![Terms { until, ..terms }; run.len()];
+        let reserved = self.index.reserve_on(Keys::from_slices(&keys(run.clone())), &each);
+        let terms = Terms { until: until.max(self.model.now + 1), ..terms };
+        run.clone().for_each(|key| self.model.share(key, terms));
         let new: Vec<usize> = run.clone().filter(|key| !self.model.blocks.contains_key(key)).collect();
         let ready: Vec<usize> = run.clone().filter(|&key| self.model.ready(key)).collect();
         assert_eq!(reserved.reservation.len(), new.len());
@@ -171,7 +219,7 @@ impl Pair {
         let lease = self.model.lease(ready.into_iter());
         let store = lease;
         for &key in &new {
-            self.model.blocks.insert(key, Entry { store, slot: None, leases: Vec::new(), used: 0 });
+            self.model.blocks.insert(key, Entry { store, slot: None, leases: Vec::new(), used: 0, terms });
         }
         let writing = reserved.reservation.begin(self.pool.claim_many(new.len()));
         let positions: Vec<usize> = writing.steps().map(|(position, _)| run.start + position as usize).collect();
@@ -257,6 +305,25 @@ impl Pair {
         self.model.blocks.clear();
     }
 
+    fn pass(&mut self, ticks: Tick) {
+        let gone = self.model.pass(ticks);
+        assert_eq!(self.index.expire(self.model.now), gone);
+    }
+
+    fn listen(&mut self) {
+        let changed = self.index.take_changes();
+        assert!(changed.removed.len() <= self.heard.len(), "no more is told than was heard");
+        for key in changed.removed {
+            assert!(self.heard.remove(&key), "removed, but never stored");
+        }
+        for key in changed.stored {
+            assert!(self.heard.insert(key), "stored twice");
+        }
+        let visible: BTreeSet<_> =
+            (0..90).filter(|&i| self.model.told(i)).map(|i| Keys::from_slices(&[key(i)]).get(0)).collect();
+        assert_eq!(self.heard, visible);
+    }
+
     fn check(&self) {
         self.index.validate();
         let all = keys(0..90);
@@ -320,6 +387,56 @@ fn when_all_is_leased_nothing_is_evicted() {
     assert!(index.evict(5).is_empty());
     drop(lease);
     assert_eq!(index.evict(5).len(), 5);
+}
+
+#[test]
+fn the_lower_priority_goes_first_however_recently_it_was_used() {
+    let (index, pool) = new(100);
+    let kept = |run: Range<usize>, priority| {
+        let terms = vec![Terms { priority, ..Terms::default() }; run.len()];
+        let reserved = index.reserve_on(Keys::from_slices(&keys(run.clone())), &terms);
+        reserved.reservation.begin(pool.claim_many(run.len())).publish();
+    };
+    kept(0..10, Priority::High);
+    kept(10..20, Priority::Normal);
+    kept(20..30, Priority::Low);
+    drop(index.lease_prefix(Keys::from_slices(&keys(20..30))));
+    index.evict(10);
+    assert_eq!(index.ready_mask(Keys::from_slices(&keys(0..30))).count(), 20);
+    assert_eq!(index.prefix_len(Keys::from_slices(&keys(20..30))), 0);
+    // Shared at a higher priority, a block stays longer; at a lower one it is what it was.
+    kept(10..15, Priority::High);
+    kept(0..10, Priority::Low);
+    index.evict(5);
+    assert_eq!(index.prefix_len(Keys::from_slices(&keys(0..20))), 15);
+}
+
+#[test]
+fn what_expires_under_a_lease_is_a_miss_and_its_slot_stays_until_the_lease_ends() {
+    let (index, pool) = new(10);
+    let run = keys(0..4);
+    let reserved = index.reserve_on(Keys::from_slices(&run), &[Terms { until: 5, ..Terms::default() }; 4]);
+    reserved.reservation.begin(pool.claim_many(4)).publish();
+    let lease = index.lease_prefix(Keys::from_slices(&run));
+    assert_eq!((index.expire(4), lease.len()), (0, 4));
+    assert_eq!(index.expire(5), 4);
+    assert_eq!((index.prefix_len(Keys::from_slices(&run)), pool.free()), (0, 6));
+    drop(lease);
+    assert_eq!((pool.free(), index.expire(5)), (10, 0));
+    index.validate();
+}
+
+#[test]
+fn watching_begins_with_what_is_there() {
+    let (index, pool) = new(10);
+    store(&index, &pool, 0..3);
+    index.watch();
+    let changed = index.take_changes();
+    assert_eq!((changed.stored.len(), changed.removed.len()), (3, 0));
+    index.clear();
+    store(&index, &pool, 2..3);
+    assert_eq!(index.take_changes().removed.len(), 2, "what came again did not change");
+    assert_eq!(index.take_changes(), Changed::default());
 }
 
 /// A key that comes twice in one call gets one block.

@@ -95,6 +95,13 @@ impl Groups {
         Ok(given.map(|(hash, group, block)| (self.key(group, hash.as_bytes()), block)).unzip())
     }
 
+    /// For each block that [`pick`](Self::pick) picks, what its hash has in `of_each`; nothing if that is empty.
+    #[must_use]
+    pub fn spread<T: Copy>(&self, of_each: &[T], blocks: &[u32]) -> Vec<T> {
+        let tables = of_each.iter().zip(blocks.chunks_exact(self.groups.len()));
+        tables.flat_map(|(&one, blocks)| blocks.iter().filter(|&&block| block != 0).map(move |_| one)).collect()
+    }
+
     pub(super) fn key(&self, group: usize, hash: &[u8; KEY_BYTES]) -> [u8; KEY_BYTES] {
         let mark = &self.marks[group];
         std::array::from_fn(|i| hash[i] ^ mark[i])

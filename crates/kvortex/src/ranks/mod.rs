@@ -8,6 +8,7 @@
 
 mod below;
 mod board;
+mod counts;
 mod groups;
 mod hybrid;
 mod mover;
@@ -16,9 +17,10 @@ mod rows;
 mod ticket;
 
 pub use board::{RankBoard, Seat};
+pub use counts::Counts;
 pub use groups::{Group, Groups};
 pub use kvortex_mem::copy::gpu::Lane;
 pub use mover::RankMover;
-pub use planner::{RankPlanner, Stored};
+pub use planner::{RankPlanner, Stored, Watched};
 pub use rows::Rows;
 pub use ticket::{Ended, RankTicket};

@@ -185,7 +185,13 @@ impl RankMover {
         Ok(self.copies.fence(stream, pages)?)
     }
 
-    /// Which loads of a lane have ended since the last call.
+    /// Whether this rank stores: not where another one stores the same bytes for all.
+    #[must_use]
+    pub const fn stores(&self) -> bool {
+        self.stores
+    }
+
+    /// Which plans of a lane have ended since the last call.
     #[must_use]
     pub fn take_ended(&self, lane: Lane) -> Vec<Ended> {
         std::mem::take(&mut self.lanes[lane as usize].book.lock().news)
@@ -283,9 +289,7 @@ impl LaneLog {
             let number = *entry.key();
             entry.remove();
             self.board.publish(number, ok);
-            if self.lane != Lane::Store {
-                book.news.push(Ended { ticket: RankTicket::new(self.lane, number), ok });
-            }
+            book.news.push(Ended { ticket: RankTicket::new(self.lane, number), ok });
         }
     }
 }

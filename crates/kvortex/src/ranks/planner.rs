@@ -10,6 +10,7 @@ use kvortex_mem::copy::gpu::Lane;
 
 use super::below::Below;
 use super::board::{RankBoard, Seat};
+use super::counts::{Counters, Counts};
 use super::groups::Groups;
 use super::hybrid;
 use super::rows::{OpenRows, Rows};
@@ -17,7 +18,7 @@ use super::ticket::{Ended, RankTicket};
 use crate::error::{Error, Result};
 use crate::eviction::Watermarks;
 use crate::fork::Owner;
-use crate::index::IndexStats;
+use crate::index::{Changed, IndexStats};
 use crate::key::{KEY_BYTES, Keys};
 use crate::lease::Lease;
 use crate::lower::{Lower, LowerStats, Promotion, Reach};
@@ -25,6 +26,7 @@ use crate::namespace::{Namespace, Value};
 use crate::plan::{Plan, TicketId};
 use crate::planner::Planner;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::terms::{FOREVER, Terms, Tick};
 use crate::tier::disk::DiskConfig;
 use crate::tier::host::{SlotId, SlotPool};
 
@@ -39,6 +41,7 @@ pub struct RankPlanner {
     below: Below,
     book: Mutex<Book>,
     evicted: Arc<AtomicU64>,
+    counters: Counters,
     owner: Owner,
 }
 
@@ -65,6 +68,17 @@ struct Book {
     failed_loads: HashSet<RankTicket>,
     /// A load inside a step failed: what the engine computed since then rests on bytes that never came.
     broken: bool,
+    /// Stores that have ended, if somebody watches.
+    ended_stores: Option<Vec<Ended>>,
+}
+
+/// What has changed in the index, and the stores that have ended since.
+#[derive(Debug, Default)]
+pub struct Watched {
+    /// Blocks that have become visible, and blocks forgotten.
+    pub changed: Changed,
+    /// Stores of which nothing more will become visible.
+    pub stores: Vec<Ended>,
 }
 
 /// The plans of one lane, by their numbers.
@@ -108,7 +122,7 @@ impl RankPlanner {
             let readers = (0..ranks).map(|rank| Reader::of(board.lane(rank, lane))).collect();
             LaneBook { lane, readers, last: 0, open: BTreeMap::new() }
         });
-        let book = Book { lanes, failed_loads: HashSet::new(), broken: false };
+        let book = Book { lanes, failed_loads: HashSet::new(), broken: false, ended_stores: None };
         Ok(Self {
             planner: Arc::new(Planner::new(slots.clone(), marks, Arc::clone(&evicted))),
             below: Below::default(),
@@ -119,6 +133,7 @@ impl RankPlanner {
             board,
             seat,
             evicted,
+            counters: Counters::default(),
         })
     }
 
@@ -223,22 +238,33 @@ impl RankPlanner {
     /// # Errors
     /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn plan_store(&self, keys: Keys<'_>, rests_on: &[RankTicket]) -> Result<Stored> {
+        self.plan_store_on(keys, &[], rests_on)
+    }
+
+    /// As [`plan_store`](Self::plan_store), on terms for each key; without, on the usual ones. They hold for blocks that are
+    /// there as well.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn plan_store_on(&self, keys: Keys<'_>, terms: &[Terms], rests_on: &[RankTicket]) -> Result<Stored> {
         self.owner.check()?;
         let mut book = self.book.lock();
         if book.broken || rests_on.iter().any(|ticket| book.failed_loads.contains(ticket)) {
+            self.counters.refuse(keys.len());
             return Ok(Stored { ticket: None, positions: Vec::new(), slots: Vec::new(), refused: keys.len() });
         }
-        let planned = self.planner.plan_store(keys);
+        let planned = self.planner.plan_store_on(keys, terms);
+        self.counters.refuse(planned.refused);
         let Plan { ticket: plan, steps, .. } = planned.plan;
         let (positions, slots): (Vec<u32>, Vec<SlotId>) = steps.iter().map(|step| (step.page, step.slot)).unzip();
         if steps.is_empty() {
             self.planner.settle(plan, true);
-            self.below.with(|lower| lower.offer(keys));
+            self.below.with(|lower| lower.offer(Keys::from_slices(&lasting(keys, terms))));
             return Ok(Stored { ticket: None, positions, slots, refused: planned.refused });
         }
         let rests_on = book.unfinished(rests_on);
         // All of them: one that is there may not be below any more.
-        let offered = self.below.with(|_| keys.iter().map(|key| *key.as_bytes()).collect());
+        let offered = self.below.with(|_| lasting(keys, terms));
         let ticket = Some(book.lane(Lane::Store).enter(plan, offered.unwrap_or_default(), rests_on));
         Ok(Stored { ticket, positions, slots, refused: planned.refused })
     }
@@ -260,9 +286,11 @@ impl RankPlanner {
                 ended.push(Ended { ticket, ok });
             }
         }
-        while let Some((_, open)) = book.lane(Lane::Store).take_ended() {
-            self.planner.settle(open.plan, !open.failed);
-            if !open.failed && !open.keys.is_empty() {
+        while let Some((ticket, open)) = book.lane(Lane::Store).take_ended() {
+            let ok = !open.failed;
+            self.counters.stored(self.planner.settle(open.plan, ok), ok);
+            book.ended_stores.iter_mut().for_each(|stores| stores.push(Ended { ticket, ok }));
+            if ok && !open.keys.is_empty() {
                 self.below.with(|lower| lower.offer(Keys::from_slices(&open.keys)));
             }
         }
@@ -287,6 +315,38 @@ impl RankPlanner {
         self.owner.check()?;
         self.below.with(|lower| lower.start(promotion));
         Ok(())
+    }
+
+    /// Forgets the blocks whose life is over at `now` of the caller's clock, and returns how many those are.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn expire(&self, now: Tick) -> Result<usize> {
+        self.owner.check()?;
+        let expired = self.planner.index().expire(now);
+        self.counters.expire(expired);
+        Ok(expired)
+    }
+
+    /// Begins to note what [`take_watched`](Self::take_watched) tells.
+    pub fn watch(&self) {
+        self.book.lock().ended_stores.get_or_insert_default();
+        self.planner.index().watch();
+    }
+
+    /// What has changed since [`watch`](Self::watch) or the last call. What became visible by a store is told with the store's
+    /// end or before.
+    pub fn take_watched(&self) -> Watched {
+        let mut book = self.book.lock();
+        let changed = self.planner.index().take_changes();
+        let stores = book.ended_stores.as_mut().map(std::mem::take).unwrap_or_default();
+        Watched { changed, stores }
+    }
+
+    /// What has been counted so far. Costs a few reads.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counters.read(&self.slots, self.evicted.load(Ordering::Relaxed))
     }
 
     /// Forgets every block, also below, and returns how many were visible; what is being stored never becomes visible.
@@ -337,6 +397,12 @@ impl RankPlanner {
     pub fn index_stats(&self) -> IndexStats {
         self.planner.index_stats()
     }
+}
+
+/// The keys of blocks whose life has no end: no clock reaches what is below.
+fn lasting(keys: Keys<'_>, terms: &[Terms]) -> Vec<[u8; KEY_BYTES]> {
+    let ends = |i: usize| terms.get(i).is_some_and(|terms| terms.until != FOREVER);
+    keys.iter().enumerate().filter(|&(i, _)| !ends(i)).map(|(_, key)| *key.as_bytes()).collect()
 }
 
 impl Reader {

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from harness import HASH, Run
-from rote import BLOCK, LAYER_BYTES, LAYERS, NEW
+from rote import BLOCK, LAYER_BYTES, NEW
 from streams import LOAD
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -173,4 +173,4 @@ class ControlledRun(Run):
     @property
     def block_bytes(self):
         """What a block takes."""
-        return LAYER_BYTES * len(LAYERS)
+        return LAYER_BYTES * self.shape.places

@@ -113,6 +113,8 @@ class SchedulerSide:
         """Whom each load is for, and how many blocks it has."""
         self._mortal = False
         """Whether any request has ever asked that its blocks be kept for a time only."""
+        self._particular = False
+        """Whether any request has ever asked for other than the usual terms."""
         self._ready = False
         self._refused = False
         self.hit_tokens = 0
@@ -299,6 +301,7 @@ class SchedulerSide:
             wishes, ignored = params.read(getattr(request, "kv_transfer_params", None))
             self._ledger.ignored(ignored.values, ignored.keys)
             self._mortal |= wishes.ttl_ms is not None
+            self._particular |= wishes.is_particular
             tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)
         return tracked
 
@@ -375,9 +378,8 @@ class SchedulerSide:
                 tracked.offered, tracked.next_full = end, (end + 1) * self._block_tokens
         if not keys:
             return None
-        counts = [len(run) // KEY for run in keys]
-        wished = zip(counts, (tracked.wishes for tracked, _ in runs), strict=True)
-        planned = self._planner.plan_store(b"".join(keys), terms=params.terms(wished, _now_ms()))
+        terms = self._terms(runs, keys) if self._particular else []
+        planned = self._planner.plan_store(b"".join(keys), terms=terms)
         if self._events is not None:
             described = ((tracked.request, run, first) for (tracked, first), run in zip(runs, keys, strict=True))
             self._events.planned(planned[0] if planned is not None else None, described)
@@ -386,6 +388,11 @@ class SchedulerSide:
         ticket, positions, slots = planned
         picked = array("I", positions)
         return Store(ticket, slots, block_ids(blocks[at] for at in picked))
+
+    @staticmethod
+    def _terms(runs: list[tuple[_Tracked, int]], keys: list[bytes]) -> list[tuple[int, int, int | None]]:
+        wished = ((len(run) // KEY, tracked.wishes) for (tracked, _), run in zip(runs, keys, strict=True))
+        return params.terms(wished, _now_ms())
 
     def _end_lease(self, tracked: _Tracked) -> None:
         if tracked.lease is not None:

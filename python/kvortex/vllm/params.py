@@ -35,6 +35,11 @@ class Wishes:
     report: bool = False
     """Whether the answer says how many tokens were loaded, and from where."""
 
+    @property
+    def is_particular(self) -> bool:
+        """Whether its blocks are to be kept on other than the usual terms."""
+        return self.priority != PRIORITIES["normal"] or self.ttl_ms is not None
+
 
 DEFAULT = Wishes()
 
@@ -118,10 +123,7 @@ Terms = list[tuple[int, int, int | None]]
 
 
 def terms(runs: Iterable[tuple[int, Wishes]], now_ms: int) -> Terms:
-    """The terms of runs of keys, as a planner takes them; none if no request asks for other than the usual ones."""
-    runs = list(runs)
-    if all(wishes.priority == DEFAULT.priority and wishes.ttl_ms is None for _, wishes in runs):
-        return []
+    """The terms of runs of keys, as a planner takes them."""
     return [
         (count, wishes.priority, None if wishes.ttl_ms is None else now_ms + wishes.ttl_ms) for count, wishes in runs
     ]

@@ -146,6 +146,8 @@ class SchedulerSide:
         """What each load brings, and to whom."""
         self._mortal = False
         """Whether any request has ever asked that its blocks be kept for a time only."""
+        self._particular = False
+        """Whether any request has ever asked for other than the usual terms."""
         self._ready = False
         self._refused = False
         self.hit_tokens = 0
@@ -350,6 +352,7 @@ class SchedulerSide:
             wishes, ignored = params.read(getattr(request, "kv_transfer_params", None))
             self._ledger.ignored(ignored.values, ignored.keys)
             self._mortal |= wishes.ttl_ms is not None
+            self._particular |= wishes.is_particular
             tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)
         return tracked
 
@@ -436,8 +439,8 @@ class SchedulerSide:
                 tracked.offered, tracked.next_full = end, (end + 1 + behind) * self._block_tokens
         if not keys:
             return None
-        wished = [(len(run) // KEY, tracked.wishes) for (tracked, _), run in zip(runs, keys, strict=True)]
-        store = self._tables.plan_store(self._planner, b"".join(keys), blocks, params.terms(wished, _now_ms()))
+        terms = self._terms(runs, keys) if self._particular else []
+        store = self._tables.plan_store(self._planner, b"".join(keys), blocks, terms)
         if self._events is not None:
             described = (
                 (tracked.request, packed, first, group)
@@ -452,6 +455,11 @@ class SchedulerSide:
         ahead. What they keep of its end is computed again when the drafted token behind it is rejected.
         """
         return int(self._tables.ahead and tokens > tracked.request.num_prompt_tokens)
+
+    @staticmethod
+    def _terms(runs: list[tuple[_Tracked, int]], keys: list[bytes]) -> params.Terms:
+        wished = ((len(run) // KEY, tracked.wishes) for (tracked, _), run in zip(runs, keys, strict=True))
+        return params.terms(wished, _now_ms())
 
     def _end_lease(self, tracked: _Tracked) -> None:
         if tracked.lease is not None:

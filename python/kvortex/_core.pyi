@@ -720,6 +720,7 @@ class RankPlanner:
         storing_ranks: only the first so many store; all by default.
         eviction_watermark: as in KVortexConfig.
         eviction_ratio: as in KVortexConfig.
+        disk: a configuration whose ``disk_*`` knobs say where blocks go besides memory; not with ``private`` rows.
     """
 
     def __new__(
@@ -734,9 +735,13 @@ class RankPlanner:
         storing_ranks: int | None = None,
         eviction_watermark: float = 0.8,
         eviction_ratio: float = 0.2,
+        disk: KVortexConfig | None = None,
     ) -> Self: ...
     def ready(self) -> bool:
-        """Whether every rank is there; nothing must be promised before. Raises when one has another configuration."""
+        """Whether every rank is there; nothing must be promised before. Raises when one has another configuration.
+
+        The first time that it is so the disk is opened. One that cannot be is a warning.
+        """
 
     def lease_prefix(self, keys: _Keys) -> Lease:
         """Leases the longest prefix that is there."""
@@ -753,17 +758,59 @@ class RankPlanner:
     def poll(self) -> list[tuple[int, bool]]:
         """Makes visible what was stored. Loads that have ended on every rank since: ticket, whether it succeeded."""
 
-    def reset(self) -> int:
-        """Forgets every block, those being stored too, and returns how many there were."""
+    def find_below(self, keys: _Keys) -> Promotion | None:
+        """Blocks of a prefix that are on the disk only; None if that would not make it longer. Reads nothing yet."""
 
-    def get_stats(self) -> dict[str, int]:
-        """capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes."""
+    def promote(self, promotion: Promotion) -> None:
+        """Starts to bring them up, and returns at once."""
+
+    def flush(self, timeout_ms: int = 5000) -> bool:
+        """Waits until what became visible so far is on the disk or given up; whether that was in time."""
+
+    def leave_disk(self, timeout_ms: int = 5000) -> bool:
+        """Leaves the disk for good, with what it keeps; whether what was under way has ended in time."""
+
+    def reset(self) -> int:
+        """Forgets every block, those being stored and those on the disk too, and returns how many were visible."""
+
+    def get_stats(self) -> dict[str, Any]:
+        """capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes.
+
+        And ``disk``: what ``KVortexEngine.get_stats`` says of it, or None.
+        """
+
+@final
+class Promotion:
+    """Blocks of a prefix that ``RankPlanner.find_below`` found below memory.
+
+    Until ``release`` those that have come, and those of the prefix that were in memory before, are not evicted.
+    """
+
+    def __len__(self) -> int: ...
+    def among(self, count: int) -> int:
+        """How many of the first ``count`` blocks that were asked about are wanted from below."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether blocks may still come in time."""
+
+    @property
+    def late(self) -> bool:
+        """Whether its time was over before all had come."""
+
+    @property
+    def seconds(self) -> float | None:
+        """What it should take, by how fast blocks came up lately; None if that is not known."""
+
+    def release(self) -> None:
+        """Lets the blocks be evicted. Doing it again changes nothing."""
 
 @final
 class RankMover:
     """The memory and the copies of one rank. Plans must be passed in the order of their tickets.
 
-    ``config.cpu_pool_size_bytes`` is this rank's, or the one row's; the rest as for ``RankPlanner``.
+    ``config.cpu_pool_size_bytes`` is this rank's, or the one row's; the rest as for ``RankPlanner``. ``layout`` is a
+    digest, 32 bytes, of how the KV lies: without it nothing goes to a disk.
     """
 
     def __new__(
@@ -776,6 +823,7 @@ class RankMover:
         block_size_bytes: int,
         namespace: Namespace | bytes,
         rows: Literal["private", "open", "one"] = "private",
+        layout: bytes | None = None,
     ) -> Self: ...
     def store(self, ticket: int, slots: bytes, blocks: PagedBlocks) -> None:
         """Starts to store ``blocks`` into ``slots``, after what torch's current stream was given so far."""

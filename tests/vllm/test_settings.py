@@ -74,6 +74,8 @@ def test_auto_loads_little_inside_the_step_and_much_beside_others():
     ]
 
 
-def test_a_disk_is_refused_by_name(config, monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"disk_paths = .*under vLLM blocks are in host memory only; leave it out"):
-        connector(config, monkeypatch, {"disk_paths": [str(tmp_path)]})
+def test_a_disk_is_configured_as_for_an_engine(config, monkeypatch, tmp_path):
+    made = connector(config, monkeypatch, {"disk_paths": [str(tmp_path)], "disk_size_bytes": "1GiB"})
+    assert (made._config.disk_paths, made._config.disk_size_bytes) == ((str(tmp_path),), 1 << 30)
+    with pytest.raises(ConfigError, match="the nearest known one is disk_paths"):
+        connector(config, monkeypatch, {"disk_path": [str(tmp_path)]})

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvortex::{
-    Admission, DiskConfig, Engine, EngineConfig, Error, GpuConfig, Method, Namespace, Quantiles, Stats, Ticket,
-    TierStats, Value,
+    Admission, DiskConfig, Engine, EngineConfig, Error, GpuConfig, LowerStats, Method, Namespace, Quantiles, Stats,
+    Ticket, Value,
 };
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
@@ -270,8 +270,7 @@ impl PyEngine {
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
     fn flush(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         entry(py, || {
-            let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
-            let timeout = timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64));
+            let timeout = timeout_of(timeout_ms)?;
             self.call(py, |engine| engine.flush(timeout))
         })
     }
@@ -281,8 +280,7 @@ impl PyEngine {
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
     fn shutdown(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         entry(py, || {
-            let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
-            let timeout = timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64));
+            let timeout = timeout_of(timeout_ms)?;
             Ok(py.detach(|| self.engine().shutdown(timeout)))
         })
     }
@@ -358,12 +356,12 @@ pub(crate) fn settings(config: &Bound<'_, PyAny>, text: &str) -> PyResult<Engine
             staging_bytes: config.getattr("staging_bytes")?.extract()?,
         },
         disk: disk(config)?,
-        disk_read_deadline: Duration::from_millis(config.getattr("disk_read_deadline_ms")?.extract()?),
+        disk_read_deadline: disk_deadline(config)?,
     })
 }
 
 /// The disk tier, if a folder is named.
-fn disk(config: &Bound<'_, PyAny>) -> PyResult<Option<DiskConfig>> {
+pub(crate) fn disk(config: &Bound<'_, PyAny>) -> PyResult<Option<DiskConfig>> {
     let paths: Vec<String> = config.getattr("disk_paths")?.extract()?;
     if paths.is_empty() {
         return Ok(None);
@@ -376,9 +374,20 @@ fn disk(config: &Bound<'_, PyAny>) -> PyResult<Option<DiskConfig>> {
     Ok(Some(disk))
 }
 
+/// How long a lookup may wait for it.
+pub(crate) fn disk_deadline(config: &Bound<'_, PyAny>) -> PyResult<Duration> {
+    Ok(Duration::from_millis(config.getattr("disk_read_deadline_ms")?.extract()?))
+}
+
 /// The method of this name; `None` for "auto".
 fn method(text: &str) -> Option<Method> {
     Method::ALL.into_iter().find(|method| method.name() == text)
+}
+
+/// A timeout in milliseconds, or what is usual.
+pub(crate) fn timeout_of(timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<Duration> {
+    let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
+    Ok(timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64)))
 }
 
 /// The tickets of a list or tuple.
@@ -454,8 +463,9 @@ fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
     Ok(dict)
 }
 
-fn disk_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
+/// Numbers of the disk tier, and of what goes up and down.
+pub(crate) fn disk_dict<'py>(py: Python<'py>, lower: &LowerStats) -> PyResult<Bound<'py, PyDict>> {
+    let (dict, stats) = (PyDict::new(py), &lower.tier);
     dict.set_item("blocks", stats.blocks)?;
     dict.set_item("capacity_blocks", stats.capacity_blocks)?;
     dict.set_item("bytes", stats.bytes)?;
@@ -475,6 +485,11 @@ fn disk_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, PyD
     dict.set_item("recovered_blocks", stats.recovered)?;
     dict.set_item("scanning", stats.scanning)?;
     dict.set_item("failing", stats.failing)?;
+    dict.set_item("promoted_blocks", lower.promoted_blocks)?;
+    dict.set_item("promoted_bytes", lower.promoted_bytes)?;
+    dict.set_item("lost_blocks", lower.lost_blocks)?;
+    dict.set_item("unoffered_blocks", lower.unoffered_blocks)?;
+    dict.set_item("promotion_bytes_per_second", lower.bytes_per_second)?;
     Ok(dict)
 }
 

@@ -22,6 +22,7 @@ mod numbers;
 mod paged;
 mod parts;
 mod pool;
+mod promotion;
 mod ranks;
 mod raw;
 mod stream;
@@ -58,6 +59,8 @@ mod _core {
     use parts::PyParts;
     #[pymodule_export]
     use pool::{PinnedBuffer, PyPool};
+    #[pymodule_export]
+    use promotion::PyPromotion;
     #[pymodule_export]
     use ranks::{PyRankMover, PyRankPlanner};
     #[pymodule_export]

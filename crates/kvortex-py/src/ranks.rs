@@ -1,7 +1,6 @@
 //! The planner of several ranks, and the mover of one.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvortex::SlotId;
 use kvortex::ranks::{Ended, Lane, RankBoard, RankMover, RankPlanner, RankTicket, Rows, Seat};
@@ -10,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::answers::PyLease;
-use crate::engine::{EXIT_TIMEOUT, settings};
+use crate::engine::{disk, disk_deadline, disk_dict, settings, timeout_of};
 use crate::errors::{detached, entry, invalid, raise};
 use crate::identity::namespace;
 use crate::keys::PackedKeys;
@@ -18,6 +17,7 @@ use crate::logs;
 use crate::number::whole;
 use crate::paged::PagedBlocks;
 use crate::parts::PyParts;
+use crate::promotion::PyPromotion;
 use crate::stream::{in_stream, stream_of};
 
 /// Ticket, packed positions, packed slots.
@@ -26,16 +26,16 @@ type StorePlan<'py> = (u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 /// Decides for the ranks of one engine, in this process or in others. Its plans must reach each rank's `RankMover` once and in
 /// order; what came of them it learns by itself.
 #[pyclass(name = "RankPlanner", frozen, module = "kvortex")]
-pub(crate) struct PyRankPlanner(RankPlanner);
+pub(crate) struct PyRankPlanner(Option<RankPlanner>);
 
 #[pymethods]
 impl PyRankPlanner {
     /// A planner for `ranks` ranks of `cpu_pool_size_bytes` each, or with `rows="one"` in all. Only the first `storing_ranks`
-    /// store, all by default.
+    /// store, all by default. With `disk`, a KVortexConfig, blocks go where its `disk_paths` say.
     #[expect(clippy::too_many_arguments, reason = "each says one thing of the engine, by name")]
     #[new]
     #[pyo3(signature = (engine_id, ranks, *, cpu_pool_size_bytes, block_size_bytes, namespace, rows="private",
-                        storing_ranks=None, eviction_watermark=0.8, eviction_ratio=0.2))]
+                        storing_ranks=None, eviction_watermark=0.8, eviction_ratio=0.2, disk=None))]
     fn new(
         py: Python<'_>,
         engine_id: String,
@@ -47,6 +47,7 @@ impl PyRankPlanner {
         storing_ranks: Option<&Bound<'_, PyAny>>,
         eviction_watermark: f64,
         eviction_ratio: f64,
+        disk: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         entry(py, || {
             logs::follow_level(py)?;
@@ -54,20 +55,28 @@ impl PyRankPlanner {
             let storing = storing_ranks.map_or(Ok(ranks), |storing| whole("storing_ranks", storing))?;
             let seat = seat(cpu_pool_size_bytes, block_size_bytes, namespace)?.with_rows(rows_of(rows)?);
             let marks = (eviction_watermark, eviction_ratio);
-            detached(py, || RankPlanner::new(RankBoard::join(&engine_id, ranks)?, seat, storing, marks)).map(Self)
+            let disk = disk.map(|config| Ok::<_, PyErr>((self::disk(config)?, disk_deadline(config)?))).transpose()?;
+            detached(py, || {
+                let planner = RankPlanner::new(RankBoard::join(&engine_id, ranks)?, seat, storing, marks)?;
+                match disk {
+                    Some((Some(disk), deadline)) => planner.with_disk(disk, deadline),
+                    _ => Ok(planner),
+                }
+            })
+            .map(|planner| Self(Some(planner)))
         })
     }
 
     /// Whether every rank is there and has the memory that this planner counts on.
     fn ready(&self, py: Python<'_>) -> PyResult<bool> {
-        entry(py, || detached(py, || self.0.is_ready()))
+        entry(py, || detached(py, || self.planner().is_ready()))
     }
 
     /// Leases the longest prefix that is there.
     fn lease_prefix(&self, py: Python<'_>, keys: &Bound<'_, PyAny>) -> PyResult<PyLease> {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
-            detached(py, || self.0.lease_prefix(keys.keys())).map(PyLease::of_ranks)
+            detached(py, || self.planner().lease_prefix(keys.keys())).map(PyLease::of_ranks)
         })
     }
 
@@ -81,7 +90,7 @@ impl PyRankPlanner {
     ) -> PyResult<(u64, Bound<'py, PyBytes>)> {
         entry(py, || {
             let lease = lease.get().take_ranks()?;
-            let (ticket, slots) = detached(py, || self.0.plan_load(lease, background))?;
+            let (ticket, slots) = detached(py, || self.planner().plan_load(lease, background))?;
             Ok((ticket.id(), packed(py, slots.iter().map(|slot| slot.0))))
         })
     }
@@ -98,7 +107,7 @@ impl PyRankPlanner {
         entry(py, || {
             let keys = PackedKeys::from_python(keys)?;
             let rests_on = rests_on.into_iter().map(ticket).collect::<PyResult<Vec<_>>>()?;
-            let stored = detached(py, || self.0.plan_store(keys.keys(), &rests_on))?;
+            let stored = detached(py, || self.planner().plan_store(keys.keys(), &rests_on))?;
             Ok(stored.ticket.map(|ticket| {
                 let slots = packed(py, stored.slots.iter().map(|slot| slot.0));
                 (ticket.id(), packed(py, stored.positions.iter().copied()), slots)
@@ -108,29 +117,79 @@ impl PyRankPlanner {
 
     /// Makes visible what every rank has stored, and returns the loads that have ended since: (ticket, whether it succeeded).
     fn poll(&self, py: Python<'_>) -> PyResult<Vec<(u64, bool)>> {
-        entry(py, || detached(py, || self.0.poll()).map(pairs))
+        entry(py, || detached(py, || self.planner().poll()).map(pairs))
     }
 
-    /// Forgets every block and returns how many there were. What is being stored does not become visible either.
+    /// Looks below for blocks of a prefix that are not in memory; None if that would not make it longer. Reads nothing yet.
+    fn find_below(&self, py: Python<'_>, keys: &Bound<'_, PyAny>) -> PyResult<Option<PyPromotion>> {
+        entry(py, || {
+            let keys = PackedKeys::from_python(keys)?;
+            Ok(detached(py, || self.planner().find_below(keys.keys()))?.map(PyPromotion))
+        })
+    }
+
+    /// Starts to bring the blocks up, and returns at once.
+    fn promote(&self, py: Python<'_>, promotion: &Bound<'_, PyPromotion>) -> PyResult<()> {
+        let promotion = &promotion.get().0;
+        entry(py, || detached(py, || self.planner().promote(promotion)))
+    }
+
+    /// Waits until what became visible so far is on the disk or given up. True if that was in time, or there is no disk.
+    #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
+    fn flush(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        entry(py, || {
+            let timeout = timeout_of(timeout_ms)?;
+            detached(py, || self.planner().flush(timeout))
+        })
+    }
+
+    /// Leaves the disk for good, with what it keeps. Returns whether what was under way has ended in time.
+    #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
+    fn leave_disk(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        entry(py, || {
+            let timeout = timeout_of(timeout_ms)?;
+            Ok(py.detach(|| self.planner().leave_below(timeout)))
+        })
+    }
+
+    /// Forgets every block, on the disk too, and returns how many there were. What is being stored does not become visible
+    /// either.
     fn reset(&self, py: Python<'_>) -> PyResult<usize> {
-        entry(py, || detached(py, || self.0.reset()))
+        entry(py, || detached(py, || self.planner().reset()))
     }
 
-    /// Numbers now: capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes.
+    /// Numbers now: capacity_blocks, used_blocks, blocks, leased_blocks, evictions, in_flight, index_bytes, and disk: what
+    /// `KVortexEngine.get_stats` says of it.
     fn get_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         entry(py, || {
-            let (total, used, evictions) = self.0.room();
-            let index = py.detach(|| self.0.index_stats());
+            let (total, used, evictions) = self.planner().room();
+            let index = py.detach(|| self.planner().index_stats());
             let dict = PyDict::new(py);
             dict.set_item("capacity_blocks", total)?;
             dict.set_item("used_blocks", used)?;
             dict.set_item("blocks", index.ready)?;
             dict.set_item("leased_blocks", index.leased)?;
             dict.set_item("evictions", evictions)?;
-            dict.set_item("in_flight", self.0.in_flight())?;
+            dict.set_item("in_flight", self.planner().in_flight())?;
             dict.set_item("index_bytes", index.bytes)?;
+            let disk = py.detach(|| self.planner().lower_stats());
+            dict.set_item("disk", disk.map(|disk| disk_dict(py, &disk)).transpose()?)?;
             Ok(dict)
         })
+    }
+}
+
+impl PyRankPlanner {
+    fn planner(&self) -> &RankPlanner {
+        self.0.as_ref().expect("taken only by drop")
+    }
+}
+
+impl Drop for PyRankPlanner {
+    /// The end of a disk tier waits for what is being written, so other Python threads go on meanwhile.
+    fn drop(&mut self) {
+        let planner = self.0.take();
+        Python::attach(|py| py.detach(|| drop(planner)));
     }
 }
 
@@ -141,10 +200,10 @@ pub(crate) struct PyRankMover(Option<Arc<RankMover>>);
 #[pymethods]
 impl PyRankMover {
     /// Maps `config.cpu_pool_size_bytes` for `rank`, or with `rows="one"` for all. What the planner was given must be the
-    /// same.
+    /// same. `layout` is a digest of how the KV lies: without it nothing goes to a disk.
     #[expect(clippy::too_many_arguments, reason = "each says one thing of the rank, by name")]
     #[new]
-    #[pyo3(signature = (config, engine_id, ranks, rank, *, block_size_bytes, namespace, rows="private"))]
+    #[pyo3(signature = (config, engine_id, ranks, rank, *, block_size_bytes, namespace, rows="private", layout=None))]
     fn new(
         py: Python<'_>,
         config: &Bound<'_, PyAny>,
@@ -154,6 +213,7 @@ impl PyRankMover {
         block_size_bytes: &Bound<'_, PyAny>,
         namespace: &Bound<'_, PyAny>,
         rows: &str,
+        layout: Option<[u8; 32]>,
     ) -> PyResult<Self> {
         entry(py, || {
             logs::follow_level(py)?;
@@ -161,7 +221,11 @@ impl PyRankMover {
             let seat = seat(&config.getattr("cpu_pool_size_bytes")?, block_size_bytes, namespace)?;
             let seat = seat.with_rows(rows_of(rows)?);
             let config = settings(config, "")?;
-            let create = || RankMover::create(&config, (&RankBoard::join(&engine_id, ranks)?, rank), &seat);
+            let create = || {
+                let board = RankBoard::join(&engine_id, ranks)?;
+                layout.map_or(Ok(()), |layout| board.describe(rank, &layout))?;
+                RankMover::create(&config, (&board, rank), &seat)
+            };
             Ok(Self(Some(Arc::new(detached(py, create)?))))
         })
     }
@@ -232,8 +296,7 @@ impl PyRankMover {
     #[pyo3(signature = (timeout_ms=None), text_signature = "($self, timeout_ms=5000)")]
     fn shutdown(&self, py: Python<'_>, timeout_ms: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         entry(py, || {
-            let timeout = timeout_ms.map(|timeout| whole("timeout_ms", timeout)).transpose()?;
-            let timeout = timeout.map_or(EXIT_TIMEOUT, |timeout| Duration::from_millis(timeout as u64));
+            let timeout = timeout_of(timeout_ms)?;
             Ok(py.detach(|| self.mover().shutdown(timeout)))
         })
     }

@@ -1,17 +1,27 @@
 //! Which copy engine serves an engine: the CPU alone, or the CPU and a GPU.
 
+#[cfg(not(shuttle))]
+use std::time::Duration;
+
 use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, HostCopy};
 use kvortex_mem::device::Device;
 use kvortex_mem::map::{HostMemory, MapOptions};
 
 use crate::config::{DeviceChoice, EngineConfig};
+#[cfg(not(shuttle))]
+use crate::error::Error;
 use crate::error::Result;
 use crate::lower::Lower;
 use crate::namespace::Namespace;
+use crate::planner::Planner;
 use crate::sync::Arc;
 #[cfg(not(shuttle))]
-use crate::tier::{Identity, disk::DiskTier};
+use crate::tier::{
+    Identity, Tier,
+    disk::{DiskConfig, DiskTier},
+    rows::AllRows,
+};
 
 /// The device that `choice` names; `None` if it leaves that open and none can be used.
 ///
@@ -46,14 +56,19 @@ pub fn open(_: DeviceChoice) -> Result<Option<Arc<dyn Device>>> {
 /// The tier below an arena, if one is configured and can be used. It outlives the process, so it needs to know whose blocks these
 /// are. One that cannot be used is a warning: the host tier serves without.
 #[cfg(not(shuttle))]
-pub(crate) fn lower(config: &EngineConfig, arena: &Arc<Arena>, namespace: Namespace) -> Option<Lower> {
+pub(crate) fn lower(
+    config: &EngineConfig,
+    arena: &Arc<Arena>,
+    namespace: Namespace,
+    planner: &Arc<Planner>,
+) -> Option<Lower> {
     let disk = config.disk.clone()?;
     if namespace == Namespace::default() {
         log::warn!("the disk tier stays off: nothing says which model the blocks belong to; bind a namespace");
         return None;
     }
-    match DiskTier::open(disk, arena, Identity { namespace, row: 0, world: 1 }) {
-        Ok(tier) => Some(Lower::new(Arc::new(tier), config.disk_read_deadline)),
+    match lower_of_rows(disk, config.disk_read_deadline, &[Arc::clone(arena)], namespace, planner) {
+        Ok(lower) => Some(lower),
         Err(error) => {
             log::warn!("the disk tier stays off: {error}");
             None
@@ -61,9 +76,33 @@ pub(crate) fn lower(config: &EngineConfig, arena: &Arc<Arena>, namespace: Namesp
     }
 }
 
+/// The tier below `rows`, which are the slots of `planner` on each rank. The rows share what the configuration allows.
+#[cfg(not(shuttle))]
+pub(crate) fn lower_of_rows(
+    disk: DiskConfig,
+    deadline: Duration,
+    rows: &[Arc<Arena>],
+    namespace: Namespace,
+    planner: &Arc<Planner>,
+) -> Result<Lower> {
+    let (world, block_bytes) = (rows.len() as u32, rows.iter().map(|row| row.slot_bytes()).sum());
+    disk.clear_other_worlds(world)?;
+    let open = |(row, arena): (u32, &Arc<Arena>)| {
+        let tier = DiskTier::open(disk.share_of(row, world, arena), arena, Identity { namespace, row, world })?;
+        Ok(Box::new(tier) as Box<dyn Tier>)
+    };
+    let mut tiers = (0..).zip(rows).map(open).collect::<Result<Vec<_>>>()?;
+    let tier: Arc<dyn Tier> = match tiers.pop() {
+        Some(tier) if tiers.is_empty() => Arc::from(tier),
+        Some(tier) => Arc::new(AllRows::new(tiers.into_iter().chain([tier]).collect())),
+        None => return Err(Error::invalid("no rows")),
+    };
+    Lower::new(tier, Arc::clone(planner), block_bytes, deadline)
+}
+
 /// There are no files in a model.
 #[cfg(shuttle)]
-pub(crate) fn lower(_: &EngineConfig, _: &Arc<Arena>, _: Namespace) -> Option<Lower> {
+pub(crate) fn lower(_: &EngineConfig, _: &Arc<Arena>, _: Namespace, _: &Arc<Planner>) -> Option<Lower> {
     None
 }
 

@@ -20,7 +20,7 @@ use crate::fork::Owner;
 use crate::key::{Keys, MAX_TOKENS};
 use crate::layout::Layout;
 use crate::lease::Lease;
-use crate::lower::{Lower, Reach};
+use crate::lower::{self, Lower, Reach};
 use crate::mask::BlockMask;
 use crate::metrics::Metrics;
 use crate::mover::Mover;
@@ -58,7 +58,7 @@ enum State {
 pub(crate) struct Bound {
     pub(crate) layout: Layout,
     pub(crate) namespace: Namespace,
-    pub(crate) planner: Planner,
+    pub(crate) planner: Arc<Planner>,
     pub(crate) mover: Mover,
     pub(crate) metrics: Arc<Metrics>,
     /// Dropped last but for the arena: what it reads goes there.
@@ -316,9 +316,10 @@ impl Engine {
     /// [`Error::Closed`] or [`Error::Forked`].
     pub fn reset(&self) -> Result<usize> {
         let Some(bound) = self.bound()? else { return Ok(0) };
-        let forgotten = bound.planner.index().clear();
-        bound.lower.as_ref().map(Lower::clear);
-        Ok(forgotten)
+        Ok(match &bound.lower {
+            Some(lower) => lower.reset().0,
+            None => bound.planner.index().clear(),
+        })
     }
 
     /// Refuses new work, waits for copies in flight up to `timeout`, and lets go of the memory once no lease and no copy
@@ -337,7 +338,9 @@ impl Engine {
             );
         }
         ended &= lower_of(&state).is_none_or(|lower| lower.stop(end.saturating_duration_since(Instant::now())));
-        drop(state);
+        if !ended {
+            lower::drop_elsewhere(state);
+        }
         ended
     }
 
@@ -395,7 +398,7 @@ impl Engine {
         if let Some(bound) = self.bound_if(keys)?
             && let Some(lower) = &bound.lower
         {
-            lower.promote(&bound.planner, keys, reach);
+            lower.promote(keys, reach);
         }
         Ok(())
     }
@@ -469,10 +472,10 @@ impl Engine {
 impl Inner {
     fn cut(&self, memory: HostMemory, layout: Layout, namespace: Namespace) -> Result<Bound> {
         let arena = Arc::new(Arena::cut(memory, layout.block_bytes())?);
-        let lower = copies::lower(&self.config, &arena, namespace);
-        let host = Host::new(arena);
-        let slots = host.slots().clone();
+        let slots = arena.slots().clone();
         let marks = Watermarks::new(slots.total(), self.config.watermark, self.config.ratio);
+        let planner = Arc::new(Planner::new(slots.clone(), marks, Arc::clone(&self.metrics.evictions)));
+        let lower = copies::lower(&self.config, &arena, namespace, &planner);
         log::info!(
             "bound: {} blocks of {} bytes, {} copy threads, namespace {namespace}",
             slots.total(),
@@ -482,8 +485,8 @@ impl Inner {
         Ok(Bound {
             layout,
             namespace,
-            planner: Planner::new(slots, marks, Arc::clone(&self.metrics.evictions)),
-            mover: Mover::new(host, Arc::clone(&self.copies)),
+            planner,
+            mover: Mover::new(Host::new(arena), Arc::clone(&self.copies)),
             metrics: Arc::clone(&self.metrics),
             lower,
         })

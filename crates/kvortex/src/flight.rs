@@ -188,7 +188,7 @@ impl OpenPlan {
         }
         report.elapsed = self.start.elapsed();
         if let Some(lower) = self.bound.lower.as_ref().filter(|_| !self.keys.is_empty()) {
-            lower.offer(&self.bound.planner, Keys::from_slices(&self.keys));
+            lower.offer(Keys::from_slices(&self.keys));
         }
         self.bound.metrics.count(&report);
         report

@@ -55,6 +55,7 @@ pub use engine::{Engine, LeasedBlocks};
 pub use error::{Error, ErrorKind, Result};
 pub use key::{BlockKey, KEY_BYTES, KeyChain, Keys, MAX_BLOCK_TOKENS, MAX_TOKENS};
 pub use lease::Lease;
+pub use lower::{LowerStats, Promotion};
 pub use mask::BlockMask;
 pub use metrics::{LaneStats, Quantiles};
 pub use namespace::{Namespace, NamespaceBuilder, Value};

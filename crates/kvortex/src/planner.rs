@@ -56,6 +56,12 @@ impl Planner {
         }
     }
 
+    /// Slots that it plans for.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.slots.total()
+    }
+
     /// The index.
     #[must_use]
     pub const fn index(&self) -> &Arc<Index> {

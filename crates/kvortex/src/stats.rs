@@ -2,10 +2,9 @@
 
 use crate::config::EngineConfig;
 use crate::engine::Bound;
-use crate::lower::Lower;
+use crate::lower::{Lower, LowerStats};
 use crate::metrics::{LaneStats, Metrics};
 use crate::sync::Ordering;
-use crate::tier::TierStats;
 
 /// Counters since the engine was created, and sizes now. Sizes are 0 while the engine is not bound, and after its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -55,7 +54,7 @@ pub struct Stats {
     /// Share of the watermark that a sweep gives back.
     pub ratio: f64,
     /// Of the tier below, if there is one.
-    pub disk: Option<TierStats>,
+    pub disk: Option<LowerStats>,
 }
 
 impl Stats {

@@ -45,7 +45,7 @@ fn what_was_evicted_comes_back_from_the_disk() {
         assert_eq!(load(&engine, run).blocks, 6);
         assert_eq!(engine.lease_prefix(Keys::from_slices(run)).unwrap().len(), 6);
     }
-    let disk = engine.stats().disk.unwrap();
+    let disk = engine.stats().disk.unwrap().tier;
     assert_eq!((disk.blocks, disk.corrupt), (60, 0));
     assert!(disk.hits >= 40);
 }
@@ -123,5 +123,5 @@ fn many_want_the_same_and_it_is_read_once() {
             scope.spawn(|| assert_eq!(prefix(&engine, &all), 16));
         }
     });
-    assert_eq!(engine.stats().disk.unwrap().hits, 16);
+    assert_eq!(engine.stats().disk.unwrap().tier.hits, 16);
 }

@@ -10,9 +10,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
+from kvortex.vllm import disk as disks
 from kvortex.vllm import layout as layouts
 from kvortex.vllm import settings
-from kvortex.vllm.identity import check_hashes, identify
+from kvortex.vllm.identity import EngineIdentity, check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.worker import WorkerSide
@@ -70,9 +71,12 @@ class KVortexConnector(KVConnectorBase_V1):
         self._layout = layouts.describe(kv_cache_config)
         spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len) if self._frees_aborted else None
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
-        self._namespace = identify(vllm_config, self._layout, vllm.__version__).namespace
+        identity = identify(vllm_config, self._layout, vllm.__version__)
+        self._namespace = identity.namespace
         self._engine_id = str(transfer.engine_id)
-        self._rows: Literal["private", "one"] = "one" if self._layout.replicated and self._ranks > 1 else "private"
+        self._rows: Literal["private", "open", "one"] = "open" if config.disk_paths else "private"
+        if self._layout.replicated and self._ranks > 1:
+            self._rows = "one"
         self._shares = 1 if self._rows == "one" else self._ranks
         share = max(1, config.cpu_pool_size_bytes // self._shares)
         self._config = KVortexConfig.of(config, cpu_pool_size_bytes=share)
@@ -80,9 +84,17 @@ class KVortexConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = self._plan(mode)
+            self._scheduler = self._plan(mode, self._has_disk(identity))
+            self._scheduler.prepare()
 
-    def _plan(self, mode: settings.LoadMode) -> SchedulerSide:
+    def _has_disk(self, identity: EngineIdentity) -> bool:
+        """Whether blocks go to a disk. Says once why not if one is configured."""
+        why_not = disks.why_off(identity, self._vllm) if self._config.disk_paths else ""
+        if why_not:
+            log.warning("the disk tier stays off: %s", why_not)
+        return why_not is None
+
+    def _plan(self, mode: settings.LoadMode, has_disk: bool) -> SchedulerSide:
         planner = RankPlanner(
             self._engine_id,
             self._ranks,
@@ -92,6 +104,7 @@ class KVortexConnector(KVConnectorBase_V1):
             rows=self._rows,
             eviction_watermark=self._config.eviction_watermark,
             eviction_ratio=self._config.eviction_ratio,
+            disk=self._config if has_disk else None,
         )
         blocks = planner.get_stats()["capacity_blocks"]
         log.info(
@@ -109,7 +122,9 @@ class KVortexConnector(KVConnectorBase_V1):
         if engines > 1:
             total = engines * self._shares * self._config.cpu_pool_size_bytes
             log.info("%d engines (data parallelism) take %d bytes of host memory in all", engines, total)
-        return SchedulerSide(planner, self._layout, mode)
+        ahead = int(bool(_of(self._vllm.scheduler_config, "async_scheduling", False)))
+        disk = disks.DiskSide(planner, self._config, self._layout.block_tokens, ahead) if has_disk else None
+        return SchedulerSide(planner, self._layout, mode, disk)
 
     # Scheduler.
 
@@ -177,6 +192,7 @@ class KVortexConnector(KVConnectorBase_V1):
             block_size_bytes=self._layout.block_size_bytes,
             namespace=self._namespace,
             rows=self._rows,
+            layout=disks.seen_layout(self._layout, kv_caches, cache, self._vllm) if self._config.disk_paths else None,
         )
         log.info(
             "KVortex rank %d of %d: %s, %d bytes of %s memory%s in %.2f s, copies to %s by %s, namespace %s",
@@ -185,7 +201,7 @@ class KVortexConnector(KVConnectorBase_V1):
             cache,
             self._config.cpu_pool_size_bytes,
             "page-locked" if mover.pinned else "plain",
-            " that all ranks share" if self._rows == "one" else "",
+            {"one": " that all ranks share", "open": " that the scheduler shares"}.get(self._rows, ""),
             time.perf_counter() - start,
             place,
             self._config.copy_method if device != "none" else "the CPU",
@@ -236,9 +252,11 @@ class KVortexConnector(KVConnectorBase_V1):
         return self._worker.take_errors() if self._worker is not None else set()
 
     def shutdown(self) -> None:
-        """Waits for the copies under way, for a bounded time."""
+        """Waits for what is under way, for a bounded time."""
         if self._worker is not None:
             self._worker.shutdown()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
 
     @property
     def _of_scheduler(self) -> SchedulerSide:

@@ -8,11 +8,13 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexTimeoutError
+from kvortex.vllm.disk import FORGOTTEN
 from kvortex.vllm.identity import KEY, KeySource, RequestKeys
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 
 if TYPE_CHECKING:
     from kvortex import Lease, RankPlanner
+    from kvortex.vllm.disk import DiskSide
     from kvortex.vllm.layout import CacheLayout
     from kvortex.vllm.settings import LoadMode
 
@@ -68,8 +70,11 @@ class _Tracked:
 class SchedulerSide:
     """Answers the scheduler's questions from the index, and turns its decisions into plans."""
 
-    def __init__(self, planner: RankPlanner, layout: CacheLayout, load_mode: LoadMode) -> None:
+    def __init__(
+        self, planner: RankPlanner, layout: CacheLayout, load_mode: LoadMode, disk: DiskSide | None = None
+    ) -> None:
         self._planner = planner
+        self._disk = disk
         self._layout = layout
         self._source = KeySource()
         self._load_mode = load_mode
@@ -116,7 +121,7 @@ class SchedulerSide:
         keys = self._keys_of(tracked)[first * KEY : end * KEY]
         if not keys:
             return 0, False
-        if self._is_being_loaded(keys):
+        if self._is_being_loaded(keys) or (self._disk is not None and self._disk.waits(request.request_id, keys)):
             return None, False
         lease = self._planner.lease_prefix(keys)
         if not len(lease):
@@ -145,6 +150,8 @@ class SchedulerSide:
         self._step.loads.append(load)
         self._step.written.extend(targets)
         self.hit_tokens += num_external_tokens
+        if self._disk is not None:
+            self._disk.took(request.request_id, count)
         if tracked.background:
             tracked.loading = ticket
             self._unreported.add(request.request_id)
@@ -173,6 +180,8 @@ class SchedulerSide:
         for tracked in self._offers:
             self._end_lease(tracked)
         self._offers.clear()
+        if self._disk is not None:
+            self._disk.step(output)
         self._poll()
         return step
 
@@ -211,6 +220,8 @@ class SchedulerSide:
             return False
         self._held.pop(name, None)
         self._end_lease(tracked)
+        if self._disk is not None:
+            self._disk.promotions.end(name)
         self._poll()
         if name not in self._unreported:
             return False
@@ -232,7 +243,18 @@ class SchedulerSide:
         self._offers.clear()
         for tracked in self._tracked.values():
             tracked.keeps = tracked.keeps and not tracked.blocks
-        return self._planner.reset()
+        forgotten = self._planner.reset()
+        if self._disk is not None:
+            self._disk.leave(FORGOTTEN)
+        return forgotten
+
+    def prepare(self) -> None:
+        """Opens what needs all ranks, if they are there."""
+        self._is_ready()
+
+    def shutdown(self) -> None:
+        """Waits for what is on its way to the disk, for a bounded time."""
+        self._planner.leave_disk()
 
     def drain(self) -> None:
         """Waits for the copies under way, for the memory that they use is about to go.
@@ -247,8 +269,9 @@ class SchedulerSide:
             self._poll()
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of the planner, and ``hit_tokens``."""
-        return {**self._planner.get_stats(), "hit_tokens": self.hit_tokens}
+        """Numbers of the planner, and ``hit_tokens``; of those, and of promotions, if there is a disk."""
+        disk = self._disk.stats() if self._disk is not None else {}
+        return {**self._planner.get_stats(), "hit_tokens": self.hit_tokens, **disk}
 
     # What goes on inside.
 
@@ -262,6 +285,8 @@ class SchedulerSide:
         """The packed keys of the request's full blocks, as far as the engine has named them."""
         if not self._source.extend(tracked.keys, tracked.request):
             tracked.start_over(self._block_tokens)
+        if self._disk is not None:
+            self._disk.check(self._source.survives_restart)
         return tracked.keys.packed
 
     def _is_ready(self) -> bool:
@@ -269,6 +294,8 @@ class SchedulerSide:
         if not self._ready and not self._refused:
             try:
                 self._ready = self._planner.ready()
+                if self._ready and self._disk is not None:
+                    self._disk.say()
             except Exception:
                 self._refused = True
                 log.exception("the ranks do not agree; nothing is kept")

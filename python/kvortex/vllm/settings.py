@@ -51,8 +51,4 @@ def read(extra: Mapping[str, object], held_blocks: int | None) -> tuple[KVortexC
     if mode == "auto" and held_blocks is not None:
         mode = "sync"
     config = KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs})
-    if config.disk_paths:
-        raise ConfigError(
-            f"disk_paths = {config.disk_paths!r}: under vLLM blocks are in host memory only; leave it out"
-        )
     return config, LoadMode(mode, held_blocks)

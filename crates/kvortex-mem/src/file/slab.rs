@@ -1,6 +1,6 @@
 //! One file of blocks, in a folder of its own.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -23,6 +23,8 @@ const PROBE: &CStr = c"probe";
 pub struct SlabOptions {
     /// The user's folder; made, for its owner alone, if it is not there.
     pub folder: PathBuf,
+    /// Whether it lies in a folder that is made as well, and must be the user's own too.
+    nested: bool,
     /// False goes through the system's page cache.
     pub direct: bool,
     /// False only opens what is there, and writes nothing.
@@ -40,7 +42,26 @@ impl SlabOptions {
     /// The usual ones for `folder`.
     #[must_use]
     pub fn new(folder: impl Into<PathBuf>) -> SlabOptions {
-        SlabOptions { folder: folder.into(), direct: true, create: true, sys: Arc::new(Patient(Real)) }
+        SlabOptions { folder: folder.into(), nested: false, direct: true, create: true, sys: Arc::new(Patient(Real)) }
+    }
+
+    /// As these, for a folder `name` in that one.
+    #[must_use]
+    pub fn inside(self, name: &str) -> SlabOptions {
+        SlabOptions { folder: self.folder.join(name), nested: true, ..self }
+    }
+
+    /// Opens the folder.
+    fn enter(&self) -> io::Result<OwnedFd> {
+        let named = |path: &OsStr| CString::new(path.as_bytes()).map_err(io::Error::from);
+        let enter = |at: Option<BorrowedFd<'_>>, path: &OsStr| enter(&*self.sys, at, &named(path)?, self.create);
+        match (self.folder.parent(), self.folder.file_name()) {
+            (Some(parent), Some(name)) if self.nested => {
+                let parent = enter(None, parent.as_os_str())?;
+                enter(Some(parent.as_fd()), name)
+            }
+            _ => enter(None, self.folder.as_os_str()),
+        }
     }
 
     /// As these, with calls that fail as `plan` says.
@@ -75,8 +96,7 @@ impl SlabFile {
     pub fn open(options: &SlabOptions) -> Result<SlabFile, MemError> {
         let failed = |cause| MemError::Disk { path: options.folder.display().to_string(), cause };
         let SlabOptions { folder: path, sys, .. } = options;
-        let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-        let outer = enter(&**sys, None, &name, options.create).map_err(failed)?;
+        let outer = options.enter().map_err(failed)?;
         let folder = enter(&**sys, Some(outer.as_fd()), FOLDER, options.create).map_err(failed)?;
         sys.lock(folder.as_fd()).map_err(taken).map_err(failed)?;
         let direct = options.direct && options.create && probe(sys, folder.as_fd()).map_err(failed)?;

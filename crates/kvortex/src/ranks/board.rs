@@ -16,7 +16,7 @@ use crate::namespace::Namespace;
 use crate::sync::Arc;
 
 /// Differs between versions that would not understand each other.
-const MAGIC: u64 = 0x4B56_5445_5800_0002;
+const MAGIC: u64 = 0x4B56_5445_5800_0003;
 
 const PLANNER: usize = 1;
 const ATTACHED: usize = 2;
@@ -25,11 +25,13 @@ const ROW_KNOWN: usize = 3;
 const ROW: usize = 4;
 const HEADER: usize = ROW + SharedPlace::WORDS;
 
-/// Words of a rank before its lanes: its process, what it has, whether that is written, and where its row is.
+/// Words of a rank before its lanes: its process, what it has, how its KV lies, whether that is written, and where its row is.
 const RANK_HEAD: usize = RANK_ROW + SharedPlace::WORDS;
 const SEAT: usize = 1;
-const PUBLISHED: usize = SEAT + SEAT_WORDS;
+const SEEN: usize = SEAT + SEAT_WORDS;
+const PUBLISHED: usize = SEEN + DIGEST_WORDS;
 const RANK_ROW: usize = PUBLISHED + 1;
+const DIGEST_WORDS: usize = 4;
 
 const SEAT_WORDS: usize = 7;
 
@@ -158,6 +160,27 @@ impl RankBoard {
         }
     }
 
+    /// Tells how the KV of `rank` was seen to lie: a digest of all that decides which bytes a block is. Before its mover is made.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is no such rank, [`Error::InvalidArgument`] when somebody has its place.
+    pub fn describe(&self, rank: usize, seen: &[u8; 32]) -> Result<()> {
+        self.expect_free(rank)?;
+        for (at, word) in (SEEN..).zip(digest_words(seen)) {
+            self.rank_word(rank, at).store(word, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// What [`describe`](Self::describe) was told of a rank that has published; zeros if nothing.
+    pub(super) fn seen(&self, rank: usize) -> [u8; 32] {
+        let mut seen = [0; 32];
+        for (at, bytes) in (SEEN..).zip(seen.chunks_exact_mut(8)) {
+            bytes.copy_from_slice(&self.rank_word(rank, at).load(Ordering::Relaxed).to_le_bytes());
+        }
+        seen
+    }
+
     /// Tells the planner what `rank` has, and where its own row is if the planner may reach it.
     pub(super) fn publish(&self, rank: usize, seat: &Seat, row: Option<SharedPlace>) {
         for (at, value) in (SEAT..).zip(words_of(seat)) {
@@ -204,9 +227,13 @@ impl RankBoard {
 }
 
 fn words_of(seat: &Seat) -> [u64; SEAT_WORDS] {
-    let (digest, _) = seat.namespace.digest().as_chunks::<8>();
-    let word = |at: usize| u64::from_le_bytes(digest[at]);
-    [seat.block_bytes as u64, seat.slots.into(), word(0), word(1), word(2), word(3), seat.rows as u64]
+    let [a, b, c, d] = digest_words(seat.namespace.digest());
+    [seat.block_bytes as u64, seat.slots.into(), a, b, c, d, seat.rows as u64]
+}
+
+fn digest_words(digest: &[u8; 32]) -> [u64; DIGEST_WORDS] {
+    let (words, _) = digest.as_chunks::<8>();
+    std::array::from_fn(|at| u64::from_le_bytes(words[at]))
 }
 
 fn occupied(rank: Option<usize>, process: u64) -> Error {

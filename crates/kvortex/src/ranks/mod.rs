@@ -4,8 +4,9 @@
 //! their bytes are the same ([`Rows`]). Its plans reach the movers
 //! by whatever the caller has. What came of them comes back through a [`RankBoard`]: for each rank and lane a watermark in the
 //! order of tickets and the tickets that failed. A plan that a rank never saw has failed there. A block is visible only once
-//! every rank that stores has it.
+//! every rank that stores has it. A tier below keeps the rows of all ranks: the planner's process reads and writes them there.
 
+mod below;
 mod board;
 mod mover;
 mod planner;

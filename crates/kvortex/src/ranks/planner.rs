@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use kvortex_mem::arena::Arena;
 use kvortex_mem::board::{Failed, LaneBoard, Seen};
 use kvortex_mem::copy::gpu::Lane;
 
+use super::below::Below;
 use super::board::{RankBoard, Seat};
 use super::rows::{OpenRows, Rows};
 use super::ticket::{Ended, RankTicket};
@@ -14,25 +16,32 @@ use crate::error::{Error, Result};
 use crate::eviction::Watermarks;
 use crate::fork::Owner;
 use crate::index::IndexStats;
-use crate::key::Keys;
+use crate::key::{KEY_BYTES, Keys};
 use crate::lease::Lease;
+use crate::lower::{Lower, LowerStats, Promotion, Reach};
+use crate::namespace::{Namespace, Value};
 use crate::plan::{Plan, TicketId};
 use crate::planner::Planner;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::tier::disk::DiskConfig;
 use crate::tier::host::{SlotId, SlotPool};
 
 /// Plans for the movers of all ranks. Its plans must reach each of them once, in the order of their tickets.
 pub struct RankPlanner {
-    planner: Planner,
+    planner: Arc<Planner>,
     slots: SlotPool,
     board: RankBoard,
     seat: Seat,
     /// Opened when all ranks are there, if the planner may reach them.
     rows: OnceLock<Result<OpenRows>>,
+    below: Below,
     book: Mutex<Book>,
     evicted: Arc<AtomicU64>,
     owner: Owner,
 }
+
+/// Keys, taken along.
+type Packed = Vec<[u8; KEY_BYTES]>;
 
 /// A plan to store.
 #[derive(Debug)]
@@ -73,6 +82,8 @@ struct Reader {
 
 struct Open {
     plan: TicketId,
+    /// Of a store, to be offered to the tier below once it has ended well.
+    keys: Packed,
     failed: bool,
     copied: bool,
     /// Loads that this store's blocks were computed from and that have not ended.
@@ -97,7 +108,8 @@ impl RankPlanner {
         });
         let book = Book { lanes, failed_loads: HashSet::new(), broken: false };
         Ok(Self {
-            planner: Planner::new(slots.clone(), marks, Arc::clone(&evicted)),
+            planner: Arc::new(Planner::new(slots.clone(), marks, Arc::clone(&evicted))),
+            below: Below::default(),
             book: Mutex::new(book),
             owner: Owner::this_process(),
             rows: OnceLock::new(),
@@ -108,7 +120,21 @@ impl RankPlanner {
         })
     }
 
-    /// Whether every rank is there and has what this planner counts on. Nothing must be promised before.
+    /// The same with a tier below, which is opened when all ranks are there. Lookups do not wait for it: see
+    /// [`find_below`](Self::find_below).
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when the rows are private.
+    pub fn with_disk(mut self, disk: DiskConfig, deadline: Duration) -> Result<Self> {
+        if self.seat.rows == Rows::Private {
+            return Err(Error::invalid("a tier below needs rows that the planner reaches: make them open, or one"));
+        }
+        self.below = Below::configured(disk, deadline);
+        Ok(self)
+    }
+
+    /// Whether every rank is there and has what this planner counts on. Nothing must be promised before. The first time that it
+    /// is so the tier below is opened, which takes a moment; one that cannot be is a warning.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) when a rank has something else.
@@ -116,8 +142,25 @@ impl RankPlanner {
         let ready = self.board.agrees(&self.seat)?;
         if ready && self.seat.rows != Rows::Private {
             self.rows.get_or_init(|| OpenRows::of(&self.board, &self.seat));
+            self.below.open_once(|| Ok((self.map_rows()?, self.identity()?)), &self.planner);
         }
         Ok(ready)
+    }
+
+    /// Whose blocks these are, beyond this process: the seat's namespace, and how the KV of each rank was seen to lie.
+    fn identity(&self) -> Result<Namespace> {
+        let seen: Vec<[u8; 32]> = (0..self.board.ranks()).map(|rank| self.board.seen(rank)).collect();
+        if seen.contains(&[0; 32]) {
+            return Err(Error::invalid("a rank did not tell how its KV lies: describe it before its mover is made"));
+        }
+        let seen = seen.into_iter().map(|seen| Value::Bytes(seen.to_vec())).collect();
+        let seat = Value::Bytes(self.seat.namespace.digest().to_vec());
+        Ok(Namespace::builder().field("seat", seat).field("ranks", Value::List(seen)).finish())
+    }
+
+    fn map_rows(&self) -> Result<Vec<Arc<Arena>>> {
+        let rows = self.rows.get_or_init(|| OpenRows::of(&self.board, &self.seat));
+        rows.as_ref().map_err(Clone::clone)?.map(&self.seat)
     }
 
     /// Maps the rows into this process, in the order of ranks; the one row of all ranks is the only one. Who holds a lease
@@ -136,8 +179,7 @@ impl RankPlanner {
         if !self.is_ready()? {
             return Err(Error::invalid("not every rank is there yet: wait until the planner is ready"));
         }
-        let rows = self.rows.get_or_init(|| OpenRows::of(&self.board, &self.seat));
-        rows.as_ref().map_err(Clone::clone)?.map(&self.seat)
+        self.map_rows()
     }
 
     /// Leases the longest prefix of `keys` that is there.
@@ -159,7 +201,7 @@ impl RankPlanner {
         let lane = if background { Lane::Background } else { Lane::Load };
         let mut book = self.book.lock();
         let plan = self.planner.plan_leased(lease);
-        Ok((book.lane(lane).enter(plan, Vec::new()), slots))
+        Ok((book.lane(lane).enter(plan, Packed::new(), Vec::new()), slots))
     }
 
     /// Plans to store the blocks that are not there. They become visible once every storing rank has them and every load that
@@ -178,10 +220,13 @@ impl RankPlanner {
         let (positions, slots): (Vec<u32>, Vec<SlotId>) = steps.iter().map(|step| (step.page, step.slot)).unzip();
         if steps.is_empty() {
             self.planner.settle(plan, true);
+            self.below.with(|lower| lower.offer(keys));
             return Ok(Stored { ticket: None, positions, slots, refused: planned.refused });
         }
         let rests_on = book.unfinished(rests_on);
-        let ticket = Some(book.lane(Lane::Store).enter(plan, rests_on));
+        // All of them: one that is there may not be below any more.
+        let offered = self.below.with(|_| keys.iter().map(|key| *key.as_bytes()).collect());
+        let ticket = Some(book.lane(Lane::Store).enter(plan, offered.unwrap_or_default(), rests_on));
         Ok(Stored { ticket, positions, slots, refused: planned.refused })
     }
 
@@ -204,17 +249,61 @@ impl RankPlanner {
         }
         while let Some((_, open)) = book.lane(Lane::Store).take_ended() {
             self.planner.settle(open.plan, !open.failed);
+            if !open.failed && !open.keys.is_empty() {
+                self.below.with(|lower| lower.offer(Keys::from_slices(&open.keys)));
+            }
         }
         Ok(ended)
     }
 
-    /// Forgets every block and returns how many were visible; what is being stored never becomes visible.
+    /// Looks below for blocks of a prefix that are not in memory; `None` if that would not make it longer. Does no I/O: the
+    /// blocks come once [`promote`](Self::promote) was called.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn find_below(&self, keys: Keys<'_>) -> Result<Option<Promotion>> {
+        self.owner.check()?;
+        Ok(self.below.with(|lower| lower.find(keys, Reach::Prefix)).flatten())
+    }
+
+    /// Starts to bring blocks up, and returns at once.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn promote(&self, promotion: &Promotion) -> Result<()> {
+        self.owner.check()?;
+        self.below.with(|lower| lower.start(promotion));
+        Ok(())
+    }
+
+    /// Forgets every block, also below, and returns how many were visible; what is being stored never becomes visible.
     ///
     /// # Errors
     /// [`Error::Forked`](crate::Error::Forked) in a forked child.
     pub fn reset(&self) -> Result<usize> {
         self.owner.check()?;
-        Ok(self.planner.index().clear())
+        Ok(self.below.with(|lower| lower.reset().0).unwrap_or_else(|| self.planner.index().clear()))
+    }
+
+    /// Leaves the tier below, for good: nothing goes there or comes from there any more. True if what was under way has ended in
+    /// time.
+    pub fn leave_below(&self, patience: Duration) -> bool {
+        self.owner.is_elsewhere() || self.below.leave(patience)
+    }
+
+    /// Waits until what became visible so far is kept below or given up. True if that was in time, or nothing is below.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn flush(&self, patience: Duration) -> Result<bool> {
+        self.owner.check()?;
+        Ok(self.below.with(|lower| lower.flush(patience)).unwrap_or(true))
+    }
+
+    /// Numbers of the tier below, while there is one.
+    #[must_use]
+    pub fn lower_stats(&self) -> Option<LowerStats> {
+        self.below.with(Lower::stats)
     }
 
     /// Plans that have not ended.
@@ -252,9 +341,9 @@ impl Reader {
 }
 
 impl LaneBook {
-    fn enter(&mut self, plan: TicketId, rests_on: Vec<RankTicket>) -> RankTicket {
+    fn enter(&mut self, plan: TicketId, keys: Packed, rests_on: Vec<RankTicket>) -> RankTicket {
         self.last += 1;
-        self.open.insert(self.last, Open { plan, failed: false, copied: false, rests_on });
+        self.open.insert(self.last, Open { plan, keys, failed: false, copied: false, rests_on });
         RankTicket::new(self.lane, self.last)
     }
 

@@ -24,6 +24,8 @@ pub mod disk;
 #[cfg(not(shuttle))]
 pub mod guard;
 pub mod host;
+#[cfg(not(shuttle))]
+pub mod rows;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod suite;
 

@@ -8,6 +8,7 @@ mod index;
 mod inspect;
 mod open;
 mod volume;
+mod worlds;
 mod writer;
 
 use std::time::{Duration, Instant};

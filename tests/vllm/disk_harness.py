@@ -1,0 +1,123 @@
+"""The random schedules of ``harness`` with a disk below, one life of an engine after the other on the same folder.
+
+What the disk does is done when the schedule asks for it, so that a run is replayed from its seed, but for the order in
+which blocks that came up together are evicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+from harness import Options, Run
+
+from kvortex.vllm import disk as disks
+from kvortex.vllm import promotion as promotions
+
+
+@dataclass
+class DiskOptions(Options):
+    """One life."""
+
+    life: int = 0
+    """Documents are those of every life with the same seed; the schedule is another one."""
+    keeps_disk: bool = True
+    """Whether the disk is used on after a reset, which a real engine does not: so its emptying is seen."""
+
+
+class SlowPromotion:
+    """A promotion that is under way for some questions, and has ended after that."""
+
+    def __init__(self, real, rng):
+        self.real, self._rng = real, rng
+        self._questions = rng.choice((0, 0, 1, 3))
+        self.seconds = rng.choice((None, 0.0, 0.0, 1e9))
+
+    @property
+    def pending(self):
+        if self._questions:
+            self._questions -= 1
+            return True
+        while self.real.pending:
+            pass
+        return False
+
+    def __len__(self):
+        return len(self.real)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+class DiskPlanner:
+    """The real planner, whose disk has done what it was given when a method returns."""
+
+    def __init__(self, real, rng):
+        self.real, self._rng = real, rng
+
+    def poll(self):
+        ended = self.real.poll()
+        assert self.real.flush(60_000)
+        return ended
+
+    def plan_store(self, keys, rests_on=()):
+        planned = self.real.plan_store(keys, rests_on)
+        assert self.real.flush(60_000)
+        return planned
+
+    def find_below(self, keys):
+        found = self.real.find_below(keys)
+        return None if found is None else SlowPromotion(found, self._rng)
+
+    def promote(self, promotion):
+        self.real.promote(promotion.real)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+class DiskRun(Run):
+    """One life of an engine with a disk in ``folder``."""
+
+    def __init__(self, model, options, config, folder):
+        self.folder = folder
+        self.disk = {}
+        with mock.patch.object(disks, "why_off", return_value=None):
+            super().__init__(model, options, config)
+
+    def _configure(self, config):
+        # So few that much comes from the disk.
+        self.slots = self.rng.choice((20, 30, 60))
+        super()._configure(config)
+        extra = config.kv_transfer_config.kv_connector_extra_config
+        extra.update(disk_paths=[str(self.folder)], disk_size_bytes=4 << 20, disk_read_deadline_ms=60_000)
+
+    def _make_worker(self, caches):
+        super()._make_worker(caches)
+        # Loads by layers are given what was stored, and some of these slots were filled from the disk.
+        self.side._hooks = None
+        side = self.scheduler.connector._scheduler
+        self.planner = side._planner = DiskPlanner(side._planner, self.rng)
+        side._disk._planner = side._disk.promotions._planner = self.planner
+        if self.options.keeps_disk:
+            side._disk.leave = lambda _: side._disk.promotions.clear()
+
+    @contextlib.contextmanager
+    def virtual(self):
+        clock = SimpleNamespace(monotonic=lambda: self.device.now)
+        # The connector looks whether the root of the names is fixed when it sees the first of them.
+        seed = mock.patch.dict(os.environ, PYTHONHASHSEED="0")
+        with super().virtual(), seed, mock.patch.object(promotions, "time", clock):
+            yield
+
+    def _drain(self):
+        super()._drain()
+        self.disk = self.scheduler.connector._scheduler.stats()
+
+    def end(self):
+        """The engine ends, and another one may open the folder."""
+        self.planner.leave_disk()
+        self.scheduler.shutdown()

@@ -1,0 +1,81 @@
+"""Random schedules with a disk below: whatever was kept, spoiled or lost there, no position is ever read wrong."""
+
+import logging
+
+import disk_files
+import harness
+import pytest
+from disk_harness import DiskOptions, DiskRun
+from harness import FITTING
+from test_harness import LOSSES, SEEDS
+
+MODES = {"sync": {"load_mode": "sync"}, "async": {"load_mode": "async", **LOSSES}}
+LIVES = max(2, SEEDS // 5)
+
+
+@pytest.fixture(scope="module")
+def config(model_folder):
+    logging.disable(logging.WARNING)
+    return harness.vllm_config(model_folder, DiskOptions(0))
+
+
+def live(model_folder, config, folder, options):
+    """One life; what the schedule did, and what the disk did."""
+    logging.disable(logging.CRITICAL)
+    run = DiskRun(model_folder, options, config, folder)
+    try:
+        counts = run.go()
+    finally:
+        run.end()
+    return counts, run.disk
+
+
+def add(totals, counts, disk):
+    found = {
+        "requests": counts.requests,
+        "finished": counts.finished,
+        "checked": counts.checked,
+        "resets": counts.resets,
+        "hit_tokens": counts.hit_tokens,
+        "disk_hit_tokens": disk["disk_hit_tokens"],
+        "promoted": disk["disk"]["promoted_blocks"] if disk["disk"] else 0,
+        "corrupt": disk["disk"]["corrupt"] if disk["disk"] else 0,
+        "declined": disk["promotions"]["declined"],
+    }
+    return {name: totals.get(name, 0) + number for name, number in found.items()}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", FITTING)
+def test_no_position_is_ever_wrong_with_a_disk(config, model_folder, tmp_path, order, mode, record_property):
+    totals = {}
+    for seed in range(LIVES):
+        for life in range(2):
+            options = DiskOptions(seed, order=order, life=life, keeps_disk=bool(seed % 2), steps=200, **MODES[mode])
+            totals = add(totals, *live(model_folder, config, tmp_path / str(seed), options))
+    record_property("totals", str(totals))
+    print(f"\n{order} {mode}: {totals}")
+    assert totals["finished"] == totals["requests"]
+    assert totals["disk_hit_tokens"] > 100 * LIVES
+    assert totals["promoted"] > 10 * LIVES
+    assert totals["declined"] > LIVES
+    assert totals["resets"] > LIVES
+    assert totals["corrupt"] == 0
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", disk_files.SPOILED)
+def test_no_position_is_ever_wrong_with_spoiled_files(config, model_folder, tmp_path, how, record_property):
+    totals = {}
+    for seed in range(LIVES):
+        folder = tmp_path / str(seed)
+        for life in range(3):
+            options = DiskOptions(seed, life=life, steps=120)
+            totals = add(totals, *live(model_folder, config, folder, options))
+            disk_files.SPOILED[how](folder)
+    record_property("totals", str(totals))
+    print(f"\n{how}: {totals}")
+    assert totals["finished"] == totals["requests"]
+    # A file that is cut is a shorter file: what lay behind is not looked for.
+    assert (totals["corrupt"] > LIVES) == (how != "truncated")

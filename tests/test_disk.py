@@ -56,6 +56,17 @@ def test_more_than_memory_holds_comes_back(tmp_path):
             assert np.array_equal(out, data)
 
 
+def test_an_asynchronous_load_brings_blocks_up(tmp_path):
+    keys, data = keys_of(20), data_of(20)
+    with engine_at(tmp_path / "kv") as engine:
+        engine.save_blocks(keys, data)
+    with engine_at(tmp_path / "kv") as engine:
+        out = np.zeros_like(data)
+        ticket = engine.load_blocks_async(keys, out)
+        assert engine.wait(ticket, 20_000).blocks == 20
+        assert np.array_equal(out, data)
+
+
 def test_damage_is_a_miss(tmp_path):
     keys, data = keys_of(8), data_of(8)
     with engine_at(tmp_path / "kv") as engine:

@@ -224,6 +224,9 @@ class KVortexEngine:
     ) -> Ticket:
         """As ``load_blocks`` with ``out``, but returns at once. ``out`` is the engine's until the ticket is done.
 
+        Blocks that are only on the disk are brought up as well: a load into host memory waits for them, one into a
+        GPU's takes what is there and leaves the rest to the next one.
+
         On a GPU what ``stream`` is given from now on comes after the load, unless one of these is given:
 
         Args:

@@ -8,7 +8,7 @@ use kvortex_mem::copy::{CopyEngine, check_targets};
 use kvortex_mem::device::{Device, RawStream};
 use kvortex_mem::error::MemError;
 use kvortex_mem::map::HostMemory;
-use kvortex_mem::span::Pages;
+use kvortex_mem::span::{Pages, Place};
 use parking_lot::RwLock;
 
 use crate::config::EngineConfig;
@@ -171,6 +171,12 @@ impl Engine {
     /// [`Error::Mem`] when the pages are not on the engine's GPU or the GPU is lost.
     pub fn fence(&self, stream: RawStream, pages: &Pages) -> Result<()> {
         self.inner.owner.check()?;
+        if let Some(bound) = self.bound()?.filter(|_| pages.place() == Place::Host)
+            && let Some(lower) = &bound.lower
+        {
+            // Loads that have not been given to the copies yet; each goes on when its time is over.
+            lower.settle(Instant::now() + 2 * self.inner.config.disk_read_deadline, false);
+        }
         Ok(self.inner.copies.fence(stream, pages)?)
     }
 
@@ -237,13 +243,25 @@ impl Engine {
 
     /// As [`load`](Self::load), but returns at once. The pages are the engine's until the ticket is done.
     ///
+    /// Blocks that are only in the tier below are brought up, too. A load into host memory waits for them, as long as a caller of
+    /// [`load`](Self::load) would; one into a device's memory, which streams may wait for, is given what is there, and the next one
+    /// finds the others.
+    ///
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_async(&self, keys: Keys<'_>, pages: Pages) -> Result<Ticket> {
-        match self.start_load(keys, &pages)? {
-            Some(flight) => flight.submit(pages, &[]),
-            None => Ok(flight::landed(self.all_missing(keys.len()))),
+        let Some(bound) = self.target(keys, &pages)? else { return Ok(flight::landed(self.all_missing(keys.len()))) };
+        if let Some(lower) = &bound.lower
+            && let Some(promotion) = lower.find(keys, Reach::Each)
+        {
+            if pages.place() == Place::Host {
+                let (ticket, go) = Flight::load_later(&bound, keys, pages);
+                lower.after(promotion, go);
+                return Ok(ticket);
+            }
+            lower.start(&promotion);
         }
+        Flight::load(bound, keys).submit(pages, &[])
     }
 
     /// Waits for a ticket; for ever without a timeout.
@@ -330,7 +348,9 @@ impl Engine {
         }
         let state = std::mem::replace(&mut *self.inner.state.write(), State::Closed);
         let end = Instant::now() + timeout;
-        let mut ended = self.inner.copies.stop(timeout);
+        // What waits for the tier below goes on with what is there.
+        let mut ended = lower_of(&state).is_none_or(|lower| lower.settle(end, true));
+        ended &= self.inner.copies.stop(end.saturating_duration_since(Instant::now()));
         if !ended {
             log::warn!(
                 "shut down with copies in flight after {} ms; their memory stays until they end",
@@ -452,6 +472,11 @@ impl Engine {
     }
 
     fn start_load(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Flight>> {
+        Ok(self.target(keys, pages)?.map(|bound| Flight::load(bound, keys)))
+    }
+
+    /// The bound engine, if it may have some of `keys` and the pages can be loaded into.
+    fn target(&self, keys: Keys<'_>, pages: &Pages) -> Result<Option<Arc<Bound>>> {
         self.check_pages(keys, pages)?;
         if !pages.is_writable() {
             return Err(bad_target(&MemError::ReadOnly));
@@ -459,7 +484,7 @@ impl Engine {
         let Some(bound) = self.bound()?.filter(|_| !keys.is_empty()) else { return Ok(None) };
         bound.layout.check(pages.page_bytes())?;
         check_targets(pages, bound.mover.host().arena()).map_err(|error| bad_target(&error))?;
-        Ok(Some(Flight::load(bound, keys)))
+        Ok(Some(bound))
     }
 
     fn all_missing(&self, len: usize) -> Report {

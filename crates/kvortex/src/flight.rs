@@ -1,7 +1,7 @@
 //! One save or load from its plan to its report. Whatever happens on the way, the plan is settled once: an error, a panic or
 //! a copy engine that drops its callback all settle it as failed, and nothing of it becomes visible.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvortex_mem::error::MemError;
 use kvortex_mem::span::Pages;
@@ -59,6 +59,25 @@ impl Flight {
         Self::new(bound, plan, report, start)
     }
 
+    /// A load that is planned only when what this returns is called, and the ticket that it will land. Never called, it has failed.
+    pub(crate) fn load_later(
+        bound: &Arc<Bound>,
+        keys: Keys<'_>,
+        pages: Pages,
+    ) -> (Ticket, impl FnOnce() + Send + 'static) {
+        let ticket = Ticket::new(bound.planner.ticket());
+        let (bound, packed) = (Arc::clone(bound), keys.iter().map(|key| *key.as_bytes()).collect::<Vec<_>>());
+        let promise = Promise { ticket: Some(ticket.clone()), blocks: packed.len() };
+        let go = move || match Self::load(bound, Keys::from_slices(&packed)).submit(pages, &[]) {
+            Ok(load) => {
+                let ended = load.clone();
+                load.follow(move |_| promise.land(ended.wait(Some(Duration::ZERO))));
+            }
+            Err(error) => promise.land(Err(error)),
+        };
+        (ticket, go)
+    }
+
     fn new(bound: Arc<Bound>, plan: Plan, report: Report, start: Instant) -> Self {
         let mut copied = BlockMask::new(report.mask.len());
         plan.steps.iter().for_each(|step| copied.set(step.page as usize));
@@ -89,6 +108,28 @@ impl Flight {
         let done = Box::new(move |outcome| own.end(outcome));
         let started = bound.mover.submit(&plan, pages, done);
         started.map(|()| ticket).map_err(|cause| failed(kind, blocks, cause))
+    }
+}
+
+/// A ticket that lands for sure.
+struct Promise {
+    ticket: Option<Ticket>,
+    blocks: usize,
+}
+
+impl Promise {
+    fn land(mut self, outcome: Result<Report>) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.land(outcome);
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.land(Err(failed(Kind::Load, self.blocks, MemError::Stopped)));
+        }
     }
 }
 

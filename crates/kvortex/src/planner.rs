@@ -142,8 +142,14 @@ impl Planner {
         self.index.stats()
     }
 
+    /// A number that no other plan has.
+    #[must_use]
+    pub fn ticket(&self) -> TicketId {
+        TicketId(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
     fn open(&self, kind: Kind, steps: Vec<Step>, open: Open) -> Plan {
-        let ticket = TicketId(self.next.fetch_add(1, Ordering::Relaxed));
+        let ticket = self.ticket();
         self.open.insert(ticket, open);
         Plan { ticket, kind, steps }
     }

@@ -11,7 +11,11 @@ use std::time::{Duration, Instant};
 use common::*;
 use folder::Folder;
 use kvortex::{Engine, EngineConfig, Keys, Namespace};
+use kvortex_mem::copy::suite::{DeviceWorld, World};
+use kvortex_mem::device::{Device, RawStream};
 use kvortex_mem::file::{Call, Effect, FaultPlan};
+use kvortex_mem::sim::Sim;
+use kvortex_mem::span::Region;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -124,4 +128,89 @@ fn many_want_the_same_and_it_is_read_once() {
         }
     });
     assert_eq!(engine.stats().disk.unwrap().tier.hits, 16);
+}
+
+/// An engine over blocks that an earlier one kept, whose reads the plan can hold up.
+fn over_a_slow_disk(folder: &Folder, all: &[Key], deadline: Duration) -> (Engine, Arc<FaultPlan>) {
+    save(&with_disk(folder, 40, 1), all);
+    let plan = Arc::new(FaultPlan::default());
+    let config = EngineConfig { disk: Some(folder.faulty(256, &plan)), ..configured(folder, 40, 1) };
+    let engine = Engine::create(EngineConfig { disk_read_deadline: deadline, ..config }).unwrap();
+    engine.bind(BLOCK, Namespace::from_digest([1; 32])).unwrap();
+    assert!(engine.flush(PATIENCE).unwrap());
+    (engine, plan)
+}
+
+#[test]
+fn an_asynchronous_load_brings_blocks_up_and_nobody_waits() {
+    let (folder, all) = (Folder::new("later"), keys(0..12));
+    let (engine, plan) = over_a_slow_disk(&folder, &all, PATIENCE);
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(300)));
+    let asked = [&all[..], &keys(50..52)].concat();
+    let (target, start) = (poisoned(14), Instant::now());
+    let ticket = engine.load_async(Keys::from_slices(&asked), pages(&target, 14)).unwrap();
+    let computed = keys(100..103);
+    let saved = engine
+        .save_after(Keys::from_slices(&computed), pages(&filled(&computed), 3), std::slice::from_ref(&ticket))
+        .unwrap();
+    assert!(start.elapsed() < Duration::from_millis(150) && !ticket.is_done() && !saved.is_done());
+    let report = engine.wait(&ticket, Some(PATIENCE)).unwrap();
+    assert_eq!((report.blocks, report.missing), (12, 2));
+    check(&asked, &target, &report);
+    assert_eq!(engine.wait(&saved, Some(PATIENCE)).unwrap().blocks, 3);
+    assert_eq!(load(&engine, &computed).blocks, 3);
+}
+
+#[test]
+fn an_asynchronous_load_takes_what_is_there_at_its_deadline() {
+    let (folder, all) = (Folder::new("late"), keys(0..12));
+    let (engine, plan) = over_a_slow_disk(&folder, &all, Duration::from_millis(100));
+    assert_eq!(prefix(&engine, &all[..4]), 4);
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(900)));
+    let (target, start) = (poisoned(12), Instant::now());
+    let ticket = engine.load_async(Keys::from_slices(&all), pages(&target, 12)).unwrap();
+    let report = engine.wait(&ticket, Some(PATIENCE)).unwrap();
+    assert!(start.elapsed() < Duration::from_millis(600), "{:?}", start.elapsed());
+    assert_eq!((report.blocks, report.missing), (4, 8));
+    check(&all, &target, &report);
+}
+
+#[test]
+fn a_fence_and_a_shutdown_see_loads_that_still_wait() {
+    let (folder, all) = (Folder::new("fence"), keys(0..12));
+    let (engine, plan) = over_a_slow_disk(&folder, &all, PATIENCE);
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(200)));
+    let target = poisoned(6);
+    let ticket = engine.load_async(Keys::from_slices(&all[..6]), pages(&target, 6)).unwrap();
+    engine.fence(RawStream(0), &pages(&target, 6)).unwrap();
+    assert!(ticket.is_done(), "the pages may be written now");
+    plan.clear();
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(800)));
+    let (target, start) = (poisoned(6), Instant::now());
+    let ticket = engine.load_async(Keys::from_slices(&all[6..]), pages(&target, 6)).unwrap();
+    engine.shutdown(Duration::from_secs(10));
+    assert!(ticket.is_done() && start.elapsed() < Duration::from_secs(5));
+    let report = ticket.wait(None).unwrap();
+    assert_eq!((report.blocks, report.missing), (0, 6));
+    check(&all[6..], &target, &report);
+}
+
+#[test]
+fn a_load_into_a_device_is_given_at_once_and_the_next_one_finds_the_rest() {
+    let (folder, all) = (Folder::new("device"), keys(0..12));
+    save(&with_disk(&folder, 40, 1), &all);
+    let device: Arc<dyn Device> = Sim::new(1);
+    let world = DeviceWorld::new(&device);
+    let engine = Engine::with_device(configured(&folder, 40, 1), device).unwrap();
+    engine.bind(BLOCK, Namespace::from_digest([1; 32])).unwrap();
+    assert!(engine.flush(PATIENCE).unwrap());
+    let (mut blocks, start) = (0, Instant::now());
+    while blocks < 12 {
+        assert!(start.elapsed() < PATIENCE, "{blocks}");
+        let target = world.region(&poisoned(12).to_vec(), true);
+        let ticket = engine.load_async(Keys::from_slices(&all), pages(&target, 12)).unwrap();
+        let report = engine.wait(&ticket, Some(PATIENCE)).unwrap();
+        check(&all, &Region::from_vec(world.bytes(&target)), &report);
+        blocks = report.blocks;
+    }
 }

@@ -5,6 +5,7 @@
 mod desk;
 mod promotion;
 mod speed;
+mod waiting;
 
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use desk::Job;
 pub use promotion::Promotion;
 use promotion::{Ascent, Coming};
 use speed::Speed;
+use waiting::Waiting;
 
 /// Which blocks a caller can use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,7 @@ pub(crate) struct Lower {
     below: Arc<Below>,
     /// Where callers who must not wait hand their work to.
     desk: desk::Desk,
+    waiting: Waiting,
 }
 
 /// What is below, and on its way.
@@ -106,7 +109,7 @@ impl Lower {
             epoch: AtomicU64::new(0),
             counts: Arc::default(),
         });
-        Ok(Self { desk: Desk::open(&below, offered)?, below })
+        Ok(Self { desk: Desk::open(&below, offered)?, below, waiting: Waiting::default() })
     }
 
     pub(crate) fn stats(&self) -> LowerStats {
@@ -160,6 +163,17 @@ impl Lower {
     /// Has a promotion started by the thread that does so.
     pub(crate) fn start(&self, promotion: &Promotion) {
         self.desk.hand(Job::Promote(promotion.start()));
+    }
+
+    /// Starts a promotion, and has `go` called on another thread when its blocks are there or its time is over.
+    pub(crate) fn after(&self, promotion: Promotion, go: impl FnOnce() + Send + 'static) {
+        self.start(&promotion);
+        self.waiting.add(promotion, Box::new(go));
+    }
+
+    /// Waits until all that [`after`](Self::after) was asked to call has been; with `hurry` that is at once.
+    pub(crate) fn settle(&self, end: Instant, hurry: bool) -> bool {
+        self.waiting.settle(end, hurry)
     }
 
     /// Forgets every block, in memory and below, for good. How many were visible, and false if it cannot be promised that none

@@ -63,8 +63,8 @@ class DiskPlanner:
         assert self.real.flush(60_000)
         return ended
 
-    def plan_store(self, keys, rests_on=()):
-        planned = self.real.plan_store(keys, rests_on)
+    def plan_store(self, keys, rests_on=(), **terms):
+        planned = self.real.plan_store(keys, rests_on, **terms)
         assert self.real.flush(60_000)
         return planned
 

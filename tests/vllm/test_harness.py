@@ -293,7 +293,7 @@ def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect, 
 def stores_the_null_block(run, monkeypatch):
     """Whatever the tables say of a group, a block is stored."""
 
-    def plan_store(planner, hashes, blocks):
+    def plan_store(planner, hashes, blocks, terms):
         names = [hashes[at : at + 32] for at in range(0, len(hashes), 32)]
         count = len(run.shape.windows)
         keys = [run.groups.keys(group, name) for name in names for group in range(count)]

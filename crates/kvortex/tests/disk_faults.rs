@@ -94,7 +94,7 @@ fn a_slot_stays_as_it_is_until_its_block_is_written() {
     let plan = Arc::new(FaultPlan::default());
     let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
     assert!(tier.flush(PATIENCE));
-    plan.always(Call::Write, Effect::Delay(Duration::from_millis(300)));
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(800)));
     assert_eq!(world.put(&tier, 0..4), [Put::Queued; 4]);
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(world.arena.slots().free(), 60, "they are being written");

@@ -145,7 +145,7 @@ fn over_a_slow_disk(folder: &Folder, all: &[Key], deadline: Duration) -> (Engine
 fn an_asynchronous_load_brings_blocks_up_and_nobody_waits() {
     let (folder, all) = (Folder::new("later"), keys(0..12));
     let (engine, plan) = over_a_slow_disk(&folder, &all, PATIENCE);
-    plan.always(Call::Read, Effect::Delay(Duration::from_millis(300)));
+    plan.always(Call::Read, Effect::Delay(Duration::from_secs(1)));
     let asked = [&all[..], &keys(50..52)].concat();
     let (target, start) = (poisoned(14), Instant::now());
     let ticket = engine.load_async(Keys::from_slices(&asked), pages(&target, 14)).unwrap();
@@ -153,7 +153,7 @@ fn an_asynchronous_load_brings_blocks_up_and_nobody_waits() {
     let saved = engine
         .save_after(Keys::from_slices(&computed), pages(&filled(&computed), 3), std::slice::from_ref(&ticket))
         .unwrap();
-    assert!(start.elapsed() < Duration::from_millis(150) && !ticket.is_done() && !saved.is_done());
+    assert!(start.elapsed() < Duration::from_millis(800) && !ticket.is_done() && !saved.is_done());
     let report = engine.wait(&ticket, Some(PATIENCE)).unwrap();
     assert_eq!((report.blocks, report.missing), (12, 2));
     check(&asked, &target, &report);
@@ -166,11 +166,11 @@ fn an_asynchronous_load_takes_what_is_there_at_its_deadline() {
     let (folder, all) = (Folder::new("late"), keys(0..12));
     let (engine, plan) = over_a_slow_disk(&folder, &all, Duration::from_millis(100));
     assert_eq!(prefix(&engine, &all[..4]), 4);
-    plan.always(Call::Read, Effect::Delay(Duration::from_millis(900)));
+    plan.always(Call::Read, Effect::Delay(Duration::from_secs(2)));
     let (target, start) = (poisoned(12), Instant::now());
     let ticket = engine.load_async(Keys::from_slices(&all), pages(&target, 12)).unwrap();
     let report = engine.wait(&ticket, Some(PATIENCE)).unwrap();
-    assert!(start.elapsed() < Duration::from_millis(600), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
     assert_eq!((report.blocks, report.missing), (4, 8));
     check(&all, &target, &report);
 }

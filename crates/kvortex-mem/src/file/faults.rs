@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use super::op::Access;
 use super::sys::{Real, Sys};
 use crate::sync::{Arc, Mutex};
 
@@ -32,10 +33,12 @@ pub enum Call {
     Read,
     /// Write.
     Write,
+    /// Enter a ring.
+    Ring,
 }
 
 impl Call {
-    /// All of them.
+    /// All that threads make.
     pub const ALL: [Call; 10] = [
         Call::Open,
         Call::Mkdir,
@@ -231,5 +234,14 @@ impl Sys for Faulty {
         // SAFETY: what was just written, which nobody changes during the call.
         self.0.note(|| Written::Bytes(offset, unsafe { std::slice::from_raw_parts(addr, count) }.to_vec()));
         Ok(count)
+    }
+
+    fn by_ring(&self, access: Access, len: usize) -> io::Result<usize> {
+        let call = if access == Access::Read { Call::Read } else { Call::Write };
+        self.0.around(call, len, Ok)
+    }
+
+    fn enter_ring(&self) -> io::Result<()> {
+        self.0.around(Call::Ring, 0, |_| Ok(()))
     }
 }

@@ -227,6 +227,16 @@ impl SlabFile {
         }
     }
 
+    /// How many of `len` bytes a ring is given at once, or how it is to end what it is not given.
+    pub(super) fn by_ring(&self, access: Access, len: usize) -> io::Result<usize> {
+        self.sys.by_ring(access, len)
+    }
+
+    /// Whether a ring may be entered.
+    pub(super) fn enter_ring(&self) -> io::Result<()> {
+        self.sys.enter_ring()
+    }
+
     pub(super) fn raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }

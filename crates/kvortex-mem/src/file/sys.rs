@@ -5,6 +5,8 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use super::op::Access;
+
 /// What is asked of the system. Every method is one call.
 pub(crate) trait Sys: Debug + Send + Sync {
     /// Opens `name` in the folder `at`, or from the current folder without one. Never follows a link at the end of the name.
@@ -35,6 +37,14 @@ pub(crate) trait Sys: Debug + Send + Sync {
     ///
     /// `len` bytes from `addr` are valid for reads during the call, and nobody writes them.
     unsafe fn write(&self, fd: BorrowedFd<'_>, addr: *const u8, len: usize, offset: u64) -> io::Result<usize>;
+    /// Asked before a ring is given `len` bytes to move: how many it is given, or how the ring is to end that.
+    fn by_ring(&self, _access: Access, len: usize) -> io::Result<usize> {
+        Ok(len)
+    }
+    /// Asked before a ring is entered: whether that fails.
+    fn enter_ring(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// Tells the system that the pages of a range are not needed in its cache. Never fails.
     fn forget(&self, fd: BorrowedFd<'_>, offset: u64, len: u64) {
         // SAFETY: the descriptor is open; the call touches no memory.
@@ -167,5 +177,14 @@ impl<S: Sys> Sys for Patient<S> {
     unsafe fn write(&self, fd: BorrowedFd<'_>, addr: *const u8, len: usize, offset: u64) -> io::Result<usize> {
         // SAFETY: as the caller promises.
         again(|| unsafe { self.0.write(fd, addr, len, offset) })
+    }
+
+    // A ring is patient by itself.
+    fn by_ring(&self, access: Access, len: usize) -> io::Result<usize> {
+        self.0.by_ring(access, len)
+    }
+
+    fn enter_ring(&self) -> io::Result<()> {
+        self.0.enter_ring()
     }
 }

@@ -164,6 +164,8 @@ struct Driver {
     vacant: Vec<usize>,
     /// What is in the submission queue and not taken by the kernel, in order.
     unsubmitted: VecDeque<u64>,
+    /// What a test wants to end with an error, as if the kernel had said so.
+    refused: Vec<(usize, i32)>,
     armed: bool,
 }
 
@@ -179,6 +181,7 @@ impl Driver {
             flights: (0..depth).map(|_| None).collect(),
             vacant: (0..depth).rev().collect(),
             unsubmitted: VecDeque::new(),
+            refused: Vec::new(),
             armed: false,
         }
     }
@@ -262,7 +265,11 @@ impl Driver {
 
     fn push(&mut self, index: usize) {
         let Some(flight) = &self.flights[index] else { return };
-        let (offset, len) = (flight.op.offset + flight.moved as u64, (flight.len - flight.moved) as u32);
+        let offset = flight.op.offset + flight.moved as u64;
+        let len = match self.shared.file.by_ring(flight.op.access, flight.len - flight.moved) {
+            Ok(len) => len as u32,
+            Err(error) => return self.refused.push((index, error.raw_os_error().unwrap_or(libc::EIO))),
+        };
         let addr = flight.addr.wrapping_add(flight.moved);
         let file = types::Fixed(0);
         let entry = match (flight.op.access, self.buffer_of(&flight.op)) {
@@ -292,7 +299,7 @@ impl Driver {
 
     /// Submits, and waits for at least one completion.
     fn enter(&mut self) -> io::Result<()> {
-        self.submit(1)
+        self.submit(usize::from(self.refused.is_empty()))
     }
 
     fn push_on(&mut self) -> io::Result<()> {
@@ -300,7 +307,8 @@ impl Driver {
     }
 
     fn submit(&mut self, want: usize) -> io::Result<()> {
-        let outcome = self.ring.submitter().submit_and_wait(want);
+        let entered = self.shared.file.enter_ring();
+        let outcome = entered.and_then(|()| self.ring.submitter().submit_and_wait(want));
         let left = self.ring.submission().len();
         self.unsubmitted.drain(..self.unsubmitted.len() - left);
         match outcome {
@@ -316,6 +324,9 @@ impl Driver {
     fn collect(&mut self) -> Vec<(Op, io::Result<()>)> {
         let completions: Vec<cqueue::Entry> = self.ring.completion().collect();
         let mut ended = Vec::with_capacity(completions.len());
+        for (index, errno) in std::mem::take(&mut self.refused) {
+            ended.extend(self.advance(index, -errno));
+        }
         for completion in completions {
             match completion.user_data() {
                 WAKE => {
@@ -356,6 +367,11 @@ impl Driver {
                 continue;
             }
             if let Some(flight) = self.flights[name as usize].take() {
+                self.carry_out(flight.op);
+            }
+        }
+        for (index, _) in std::mem::take(&mut self.refused) {
+            if let Some(flight) = self.flights[index].take() {
                 self.carry_out(flight.op);
             }
         }

@@ -39,6 +39,7 @@ __all__ = [
     "PinnedHostPool",
     "PoolError",
     "PoolExhaustedError",
+    "Promotion",
     "RankMover",
     "RankPlanner",
     "RawTensor",

@@ -6,7 +6,7 @@ import disk_files
 import harness
 import pytest
 from disk_harness import DiskOptions, DiskRun
-from harness import FITTING, Wrong
+from harness import FITTING, NEW, Wrong
 from test_harness import LOSSES, SEEDS
 
 from kvortex.vllm import disk as disks
@@ -84,6 +84,7 @@ def test_no_position_is_ever_wrong_with_spoiled_files(config, model_folder, tmp_
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(not NEW, reason="a block has the same bytes in both layouts of 0.15.1")
 @pytest.mark.parametrize("defect", [False, True])
 def test_a_layout_that_is_left_out_of_the_name_is_noticed(config, model_folder, tmp_path, monkeypatch, defect):
     """The next life has the same blocks in another order of their dimensions."""

@@ -154,3 +154,72 @@ def test_ranks_must_mean_the_same_rows():
     with pytest.raises(kvortex.InvalidArgumentError, match="namespaces or rows differ"):
         planner.ready()
     del movers
+
+
+def kept_on_disk(folder, engine, layout=b"l" * 32):
+    """An engine of two ranks in this process with a disk, and its caches."""
+    config = kvortex.KVortexConfig(cpu_pool_size_bytes=POOL, device="none", disk_paths=[folder], disk_size_bytes="8MiB")
+    sizes = {"block_size_bytes": BLOCK_BYTES, "namespace": NAMESPACE, "rows": "open"}
+    planner = kvortex.RankPlanner(engine, 2, cpu_pool_size_bytes=POOL, disk=config, **sizes)
+    movers = [kvortex.RankMover(config, engine, 2, rank, layout=layout, **sizes) for rank in range(2)]
+    assert planner.ready()
+    assert planner.flush(20_000)
+    return planner, movers, [cache_of(rank + 1) for rank in range(2)]
+
+
+def test_a_prefix_comes_back_from_the_disk_on_every_rank(tmp_path):
+    keys = keys_of(4)
+    planner, movers, caches = kept_on_disk(tmp_path, uuid.uuid4().hex)
+    ticket, _, slots = planner.plan_store(keys)
+    for mover, (_, cache) in zip(movers, caches, strict=True):
+        mover.store(ticket, slots, cache.blocks([0, 1, 2, 3]))
+        assert mover.shutdown()
+    planner.poll()
+    assert planner.flush(20_000)
+    assert planner.get_stats()["disk"]["written_blocks"] == 4
+    assert planner.leave_disk()
+    assert planner.get_stats()["disk"] is None
+    del planner, movers
+
+    planner, movers, caches = kept_on_disk(tmp_path, uuid.uuid4().hex)
+    assert len(planner.lease_prefix(keys)) == 0
+    promotion = planner.find_below(keys)
+    assert (len(promotion), promotion.among(3), promotion.seconds) == (4, 3, None)
+    assert not promotion.pending, "nobody has asked for it"
+    planner.promote(promotion)
+    while promotion.pending:
+        time.sleep(0.001)
+    assert not promotion.late
+    lease = planner.lease_prefix(keys)
+    assert len(lease) == 4
+    promotion.release()
+    ticket, slots = planner.plan_load(lease)
+    for rank, (mover, (array, cache)) in enumerate(zip(movers, caches, strict=True)):
+        array[:] = 0
+        mover.load(ticket, slots, cache.blocks([2, 3, 4, 5]))
+        assert array.reshape(BLOCKS, -1).max(axis=1).tolist() == [0, 0] + [rank + 1] * 4
+    disk = planner.get_stats()["disk"]
+    assert (disk["promoted_blocks"], disk["promoted_bytes"], disk["lost_blocks"]) == (4, 8 * BLOCK_BYTES, 0)
+    assert disk["promotion_bytes_per_second"] > 0
+    assert planner.find_below(keys) is None
+    assert planner.reset() == 4
+    assert planner.find_below(keys) is None
+
+
+def test_another_layout_finds_nothing_on_the_disk(tmp_path):
+    keys = keys_of(2)
+    planner, movers, caches = kept_on_disk(tmp_path, uuid.uuid4().hex)
+    ticket, _, slots = planner.plan_store(keys)
+    for mover, (_, cache) in zip(movers, caches, strict=True):
+        mover.store(ticket, slots, cache.blocks([0, 1]))
+        mover.shutdown()
+    planner.poll()
+    assert planner.flush(20_000)
+    planner.leave_disk()
+    planner, *_ = kept_on_disk(tmp_path, uuid.uuid4().hex, layout=b"m" * 32)
+    assert planner.find_below(keys) is None
+    with pytest.raises(kvortex.InvalidArgumentError, match="make them open, or one"):
+        kvortex.RankPlanner(
+            uuid.uuid4().hex, 1, cpu_pool_size_bytes=POOL, block_size_bytes=BLOCK_BYTES, namespace=NAMESPACE,
+            disk=kvortex.KVortexConfig(disk_paths=[tmp_path]),
+        )  # fmt: skip

@@ -40,6 +40,7 @@ __all__ = [
     "PinnedHostPool",
     "PoolError",
     "PoolExhaustedError",
+    "Promotion",
     "RankMover",
     "RankPlanner",
     "RawTensor",

@@ -5,6 +5,7 @@ python disk_run.py MODEL '{"extra": {"disk_paths": [...]}, "llm": {...}, "prompt
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,12 @@ def scheduler_of(engine):
 
 def main(model, options):
     engine = Engine(model, options)
-    found = {name: engine.ask(tokens) for name, tokens in options["prompts"].items()}
+    found = {}
+    for name, tokens in options["prompts"].items():
+        found[name] = engine.ask(tokens)
+        if options.get("dies") == name:
+            # What it has just computed is on its way to the disk.
+            os.killpg(0, signal.SIGKILL)
     # What ended a moment ago is offered to the disk by the next step.
     engine.ask([5] * 40)
     side = scheduler_of(engine)

@@ -1,5 +1,6 @@
 """Real engines on the CPU with a disk below: killed and started anew, they serve what they had, and nothing else."""
 
+import contextlib
 import json
 import os
 import random
@@ -53,10 +54,15 @@ def live(script, model, tmp_path, environment, options):
                     found = json.loads(line[6:])
                     break
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
             process.stdout.close()
     text = "".join(said) + log.read_text(encoding="utf-8")
+    if "dies" in options:
+        assert found is None
+        assert process.returncode == -signal.SIGKILL, text[-6000:]
+        return None, text
     assert found is not None, text[-6000:]
     return found, text
 
@@ -83,6 +89,19 @@ def test_an_engine_that_was_killed_serves_its_old_prefixes_from_the_disk(weights
     assert stats["disk"]["promoted_blocks"] == ALL_TOKENS // 32
     assert stats["disk"]["corrupt"] == stats["disk"]["lost_blocks"] == 0
     assert stats["promotions"]["started"] == 3
+
+
+@pytest.mark.timeout(900)
+def test_an_engine_that_dies_while_it_writes_leaves_nothing_wrong(weights_folder, tmp_path):
+    for name in PROMPTS:
+        life(weights_folder, tmp_path / "kv", tmp_path, dies=name)
+    again, _ = life(weights_folder, tmp_path / "kv", tmp_path)
+    last, _ = life(weights_folder, tmp_path / "kv", tmp_path)
+    elsewhere, _ = life(weights_folder, tmp_path / "other", tmp_path)
+    assert cached(elsewhere) == {"long": 0, "short": 0}
+    assert answers(again) == answers(last) == answers(elsewhere)
+    assert cached(last) == CACHED
+    assert again["stats"]["disk"]["corrupt"] == last["stats"]["disk"]["corrupt"] == 0
 
 
 @pytest.mark.timeout(900)

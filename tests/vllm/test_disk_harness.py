@@ -6,8 +6,10 @@ import disk_files
 import harness
 import pytest
 from disk_harness import DiskOptions, DiskRun
-from harness import FITTING
+from harness import FITTING, NEW, Wrong
 from test_harness import LOSSES, SEEDS
+
+from kvortex.vllm import disk as disks
 
 MODES = {"sync": {"load_mode": "sync"}, "async": {"load_mode": "async", **LOSSES}}
 LIVES = max(2, SEEDS // 5)
@@ -79,3 +81,22 @@ def test_no_position_is_ever_wrong_with_spoiled_files(config, model_folder, tmp_
     assert totals["finished"] == totals["requests"]
     # A file that is cut is a shorter file: what lay behind is not looked for.
     assert (totals["corrupt"] > LIVES) == (how != "truncated")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not NEW, reason="a block has the same bytes in both layouts of 0.15.1")
+@pytest.mark.parametrize("defect", [False, True])
+def test_a_layout_that_is_left_out_of_the_name_is_noticed(config, model_folder, tmp_path, monkeypatch, defect):
+    """The next life has the same blocks in another order of their dimensions."""
+    if defect:
+        monkeypatch.setattr(disks, "seen_layout", lambda *_: b"?" * 32)
+    wrong = 0
+    for seed in range(LIVES):
+        for life, layout in enumerate(("NHD", "HND")):
+            options = DiskOptions(seed, life=life, layout=layout, steps=120)
+            try:
+                live(model_folder, config, tmp_path / str(seed), options)
+            except Wrong:
+                assert life == 1
+                wrong += 1
+    assert (wrong > 0) == defect

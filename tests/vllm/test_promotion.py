@@ -97,11 +97,22 @@ def test_a_request_waits_once_until_its_blocks_have_come():
     assert not side.waits("a", b"keys")
     assert (planner.asked, planner.promoted, side.has_taken("a", 5)) == (1, [found], 3)
     # It finds no room and is asked about again: nothing is brought up twice.
+    found.late = True
     assert not side.waits("a", b"keys")
-    assert planner.asked == 1
+    assert (planner.asked, side.stats()["late"]) == (1, 0)
     side.end("a")
     assert found.released
     assert side.waits("a", b"keys") is True, "preempted and resumed, it may wait again"
+
+
+@pytest.mark.usefixtures("clock")
+def test_one_that_is_late_is_counted_once():
+    found = FakePromotion(4, None)
+    _, side = make(found)
+    assert side.waits("a", b"keys")
+    found.pending, found.late = False, True
+    assert [side.waits("a", b"keys") for _ in range(3)] == [False] * 3
+    assert (side.stats()["late"], side.stats()["waiting"]) == (1, 0)
 
 
 @pytest.mark.usefixtures("clock")

@@ -65,6 +65,8 @@ class Promotions:
         """What was decided for each request since it last ran; None if its blocks are computed."""
         self._held: dict[str, float] = {}
         """Those whose blocks are held, and until when."""
+        self._waiting: set[str] = set()
+        """Those whose blocks may still come."""
         self._started = self._declined = self._late = 0
 
     def waits(self, name: str, keys: bytes) -> bool:
@@ -72,10 +74,11 @@ class Promotions:
         if name not in self._asked:
             return self._start(name, keys)
         promotion = self._asked[name]
-        if promotion is None or name not in self._held:
+        if promotion is None or name not in self._waiting:
             return False
         if promotion.pending:
             return True
+        self._waiting.remove(name)
         self._late += promotion.late
         return False
 
@@ -88,6 +91,7 @@ class Promotions:
         """The request runs, or has ended: nothing is held for it any more."""
         promotion = self._asked.pop(name, None)
         self._held.pop(name, None)
+        self._waiting.discard(name)
         if promotion is not None:
             promotion.release()
 
@@ -111,7 +115,7 @@ class Promotions:
             "started": self._started,
             "declined": self._declined,
             "late": self._late,
-            "waiting": len(self._held),
+            "waiting": len(self._waiting),
             "prefill_tokens_per_second": self._speed.tokens_per_second,
         }
 
@@ -128,6 +132,7 @@ class Promotions:
         self._asked[name] = found
         self._planner.promote(found)
         self._held[name] = time.monotonic() + self._held_s
+        self._waiting.add(name)
         return True
 
     def _is_faster(self, found: Promotion) -> bool:
@@ -137,6 +142,7 @@ class Promotions:
 
     def _release(self, name: str) -> None:
         del self._held[name]
+        self._waiting.discard(name)
         promotion = self._asked[name]
         if promotion is not None:
             promotion.release()

@@ -1,5 +1,7 @@
 """The disk tier from Python: what one engine saved, the next one loads, and nobody else."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -81,11 +83,20 @@ def test_damage_is_a_miss(tmp_path):
         assert engine.get_stats()["disk"]["corrupt"] == 1
 
 
-def test_a_folder_has_one_engine_and_a_second_goes_without(tmp_path, caplog):
-    with engine_at(tmp_path / "kv"):
-        with engine_at(tmp_path / "kv") as second:
-            assert second.get_stats()["disk"] is None
+def test_a_folder_has_one_engine_and_the_next_one_takes_over(tmp_path, caplog):
+    keys, data = keys_of(8), data_of(8)
+    with engine_at(tmp_path / "kv") as first, engine_at(tmp_path / "kv") as second:
+        assert "the disk tier is not there yet" in caplog.text
         assert "another process uses it" in caplog.text
+        first.save_blocks(keys, data)
+        assert second.get_stats()["disk"]["failing"]
+        assert second.match_prefix(keys) == 0
+        assert first.shutdown()
+        end = time.monotonic() + 10
+        while second.get_stats()["disk"]["failing"] and time.monotonic() < end:
+            time.sleep(0.05)
+        assert second.flush(20_000)
+        assert second.match_prefix(keys) == 8
 
 
 @pytest.mark.parametrize("namespace", [""])

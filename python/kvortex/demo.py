@@ -428,7 +428,8 @@ def _from_disk(subject: Subject, disk: KVortexConfig, title: str, prompt: Sequen
     from kvortex.transformers import attach
 
     with kvortex.KVortexEngine.create(disk) as engine, attach(subject.model, engine) as attachment:
-        if engine.get_stats()["disk"] is None:
+        kept = engine.get_stats()["disk"]
+        if kept is None or kept["failing"]:
             raise kvortex.KVortexError(
                 f"{disk.disk_paths[0]} is not used, the warning says why; give --disk another folder"
             )

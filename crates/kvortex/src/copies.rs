@@ -21,6 +21,7 @@ use crate::sync::Arc;
 use crate::tier::{
     Identity, Tier,
     disk::{DiskConfig, DiskTier},
+    late,
     rows::AllRows,
 };
 
@@ -90,19 +91,27 @@ pub(crate) fn lower_of_rows(
     namespace: Namespace,
     planner: &Arc<Planner>,
 ) -> Result<Lower> {
-    let (world, block_bytes) = (rows.len() as u32, rows.iter().map(|row| row.slot_bytes()).sum());
+    let block_bytes = rows.iter().map(|row| row.slot_bytes()).sum();
+    let rows = rows.to_vec();
+    let tier = late::open("disk", move || below_rows(&disk, &rows, namespace))?;
+    Lower::new(tier, Arc::clone(planner), block_bytes, deadline)
+}
+
+/// A disk tier for each of `rows`, as one.
+#[cfg(not(shuttle))]
+fn below_rows(disk: &DiskConfig, rows: &[Arc<Arena>], namespace: Namespace) -> Result<Arc<dyn Tier>> {
+    let world = rows.len() as u32;
     disk.clear_other_worlds(world)?;
     let open = |(row, arena): (u32, &Arc<Arena>)| {
         let tier = DiskTier::open(disk.share_of(row, world, arena), arena, Identity { namespace, row, world })?;
         Ok(Box::new(tier) as Box<dyn Tier>)
     };
     let mut tiers = (0..).zip(rows).map(open).collect::<Result<Vec<_>>>()?;
-    let tier: Arc<dyn Tier> = match tiers.pop() {
-        Some(tier) if tiers.is_empty() => Arc::from(tier),
-        Some(tier) => Arc::new(AllRows::new(tiers.into_iter().chain([tier]).collect())),
-        None => return Err(Error::invalid("no rows")),
-    };
-    Lower::new(tier, Arc::clone(planner), block_bytes, deadline)
+    match tiers.pop() {
+        Some(tier) if tiers.is_empty() => Ok(Arc::from(tier)),
+        Some(tier) => Ok(Arc::new(AllRows::new(tiers.into_iter().chain([tier]).collect()))),
+        None => Err(Error::invalid("no rows")),
+    }
 }
 
 /// There are no files in a model.

@@ -140,7 +140,9 @@ fn child_that_is_killed() {
         plan.set(&[Fault { call, first: words[1].parse().unwrap(), count: 1, effect }]);
         rounds = 40;
     }
-    let tier = DiskTier::open(folder.faulty(24, &plan), &world.arena, IDENTITY).unwrap();
+    let mut config = folder.faulty(24, &plan);
+    config.io.ring = std::env::var_os("KVORTEX_CHILD_RING").is_some();
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
     for round in 0..rounds {
         let ids: Vec<usize> = (0..4).map(|i| (round * 4 + i) % 60).collect();
         world.keep(&tier, ids.iter().copied());
@@ -149,11 +151,14 @@ fn child_that_is_killed() {
     }
 }
 
-fn child(folder: &Folder, kill: Option<String>) -> std::process::Child {
+fn child(folder: &Folder, kill: Option<String>, ring: bool) -> std::process::Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["child_that_is_killed", "--exact", "--nocapture"]).env("KVORTEX_CHILD_FOLDER", &folder.path);
     if let Some(kill) = kill {
         command.env("KVORTEX_CHILD_KILL", kill);
+    }
+    if ring {
+        command.env("KVORTEX_CHILD_RING", "1");
     }
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
@@ -179,7 +184,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
     let kills: usize = std::env::var("KVORTEX_KILLS").map_or(30, |count| count.parse().unwrap());
     let folder = Folder::quick("kills");
     for kill in 0..kills {
-        let mut child = child(&folder, None);
+        let mut child = child(&folder, None, kill % 2 == 1);
         std::thread::sleep(Duration::from_millis(30 + (kill as u64 * 37) % 90));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -189,7 +194,7 @@ fn a_kill_at_any_moment_loses_nothing_that_was_kept() {
 
 /// A child that is killed before or after its `nth` call of a kind, and what it left. False if it never came to that call.
 fn killed_at(folder: &Folder, call: usize, nth: u64, when: &str) -> bool {
-    let mut child = child(folder, Some(format!("{call} {nth} {when}")));
+    let mut child = child(folder, Some(format!("{call} {nth} {when}")), false);
     let killed = !child.wait().unwrap().success();
     judge(folder);
     killed

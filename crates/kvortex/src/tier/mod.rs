@@ -25,6 +25,8 @@ pub mod disk;
 pub mod guard;
 pub mod host;
 #[cfg(not(shuttle))]
+pub mod late;
+#[cfg(not(shuttle))]
 pub mod rows;
 #[cfg(all(any(test, feature = "suite"), not(shuttle)))]
 pub mod suite;

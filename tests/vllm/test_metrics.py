@@ -1,7 +1,10 @@
 """Numbers on their way: from ranks and steps to vLLM's /metrics, and what a dashboard makes of them."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,9 @@ from test_engine import ask, free_port, serving
 
 DASHBOARD = Path(__file__).parents[2] / "docs/grafana.json"
 GUIDE = Path(__file__).parents[2] / "docs/vllm.md"
+
+BLOCK_BYTES = 4 * 2 * 2 * 64 * 4 * 32
+"""Of 32 tokens, on all ranks together."""
 
 EXPORTED = {name + "_total" if metric.kind is Counter else name: metric for name, metric in METRICS.items()}
 
@@ -91,6 +97,35 @@ def test_the_guide_names_every_metric():
     assert named == EXPORTED.keys()
 
 
+RUN = Path(__file__).parent / "metrics_run.py"
+KINDS = {"one process": (1, "0")}
+if not OLD:
+    KINDS |= {"several processes": (1, "1"), "two ranks": (2, "1")}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_tells_what_happened_on_all_ranks(weights_folder, kind):
+    ranks, several = KINDS[kind]
+    options = {"llm": {"tensor_parallel_size": ranks}}
+    command = [sys.executable, str(RUN), str(weights_folder), json.dumps(options)]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": several}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
+    reports, numbers = json.loads(lines[0][6:])
+    loaded = [report and report["kvortex_loaded_tokens"] for report in reports]
+    assert loaded == [{"host": 0}, {"host": 384}, None, {"host": 0}]
+    assert {name.partition("|")[0] for name in numbers} == EXPORTED.keys()
+    # Twice a prompt of one block comes between, so that the engine frees its own.
+    for direction in ("load", "store"):
+        assert numbers[f"kvortex_transferred_tokens_total|host|{direction}"] == 384 + 32
+        assert numbers[f"kvortex_transferred_bytes_total|host|{direction}"] == 13 * BLOCK_BYTES
+    assert numbers["kvortex_ignored_params_total|value"] == numbers["kvortex_ignored_params_total|key"] == 1
+    assert numbers["kvortex_capacity_bytes|host"] == 256 << 20
+    assert numbers["kvortex_hit_tokens_total|host"] == 384 + 32
+
+
 class Subscriber:
     """Hears what a server publishes."""
 
@@ -131,7 +166,6 @@ def numbers_of(port):
     return found
 
 
-BLOCK_BYTES = 4 * 2 * 2 * 64 * 4 * 32
 TIER = ("host",)
 EXPECTED = {
     "kvortex_transferred_tokens_total": {("host", "load"): 384, ("host", "store"): 384},

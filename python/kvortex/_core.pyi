@@ -40,6 +40,7 @@ __all__ = [
     "PinnedHostPool",
     "PoolError",
     "PoolExhaustedError",
+    "Promotion",
     "RankMover",
     "RankPlanner",
     "RawTensor",
@@ -774,6 +775,12 @@ class RankPlanner:
 
         ``hashes`` name the blocks from ``first`` on; a hit has at most ``most``. The lease has block after block, of
         each the groups in order.
+        """
+
+    def reach_groups(self, groups: BlockGroups, hashes: _Keys, first: int, most: int) -> tuple[int, bytes] | None:
+        """The blocks of the longest hit of what is in memory and below, 0 for none, and the keys that it needs.
+
+        The keys are for ``find_below``. None if nothing is below. The rest as for ``lease_groups``.
         """
 
     def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:

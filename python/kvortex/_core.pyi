@@ -777,6 +777,12 @@ class RankPlanner:
         each the groups in order.
         """
 
+    def reach_groups(self, groups: BlockGroups, hashes: _Keys, first: int, most: int) -> tuple[int, bytes] | None:
+        """The blocks of the longest hit of what is in memory and below, 0 for none, and the keys that it needs.
+
+        The keys are for ``find_below``. None if nothing is below. The rest as for ``lease_groups``.
+        """
+
     def plan_load(self, lease: Lease, *, background: bool = False) -> tuple[int, bytes]:
         """Plans to load the blocks of ``lease``, which is used up: ticket, and packed slots of 32 bits."""
 

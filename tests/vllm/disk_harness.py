@@ -68,6 +68,11 @@ class DiskPlanner:
         assert self.real.flush(60_000)
         return planned
 
+    def plan_store_groups(self, *args, **more):
+        planned = self.real.plan_store_groups(*args, **more)
+        assert self.real.flush(60_000)
+        return planned
+
     def find_below(self, keys):
         found = self.real.find_below(keys)
         return None if found is None else SlowPromotion(found, self._rng)

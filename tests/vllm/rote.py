@@ -123,7 +123,7 @@ class Tracked:
         return prompt[at] if at < len(prompt) else token_after(self.chain(at)[-1])
 
 
-def kv_tensors(blocks, layout, shape):
+def kv_tensors(blocks, layout, shape=SHAPES["one group"]):
     """The tensors to register, and a view of each with shape (block, offset, words...)."""
     tensors, views = [], []
     for _ in range(shape.places):

@@ -7,7 +7,7 @@ import harness
 import pytest
 from disk_harness import DiskOptions, DiskRun
 from harness import FITTING, NEW, Wrong
-from test_harness import LOSSES, SEEDS
+from test_harness import LOSSES, ORDERS_OF_GROUPS, SEEDS
 
 from kvortex.vllm import disk as disks
 
@@ -63,6 +63,26 @@ def test_no_position_is_ever_wrong_with_a_disk(config, model_folder, tmp_path, o
     assert totals["promoted"] > 10 * LIVES
     assert totals["declined"] > LIVES
     assert totals["resets"] > LIVES
+    assert totals["corrupt"] == 0
+
+
+@pytest.mark.skipif(not NEW, reason="with a connector this vLLM has one group")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("shape", ["one window", "five to one", "uneven"])
+def test_no_position_inside_a_window_is_ever_wrong_with_a_disk(config, model_folder, tmp_path, shape, record_property):
+    totals = {}
+    for seed in range(LIVES):
+        mode, order = list(MODES)[seed % 2], ORDERS_OF_GROUPS[seed % len(ORDERS_OF_GROUPS)]
+        for life in range(2):
+            more = {"life": life, "keeps_disk": bool(seed % 3), "steps": 200, "shape": shape, **MODES[mode]}
+            totals = add(
+                totals, *live(model_folder, config, tmp_path / str(seed), DiskOptions(seed, order=order, **more))
+            )
+    record_property("totals", str(totals))
+    print(f"\n{shape}: {totals}")
+    assert totals["finished"] == totals["requests"]
+    assert totals["disk_hit_tokens"] > 100 * LIVES
+    assert totals["promoted"] > 10 * LIVES
     assert totals["corrupt"] == 0
 
 

@@ -40,6 +40,9 @@ def test_an_engine_that_is_ahead_asks_for_a_step_when_the_one_before_the_last_is
     assert speed.tokens_per_second == (kept * 512 + 64) / (kept * 2.0 + 0.25)
 
 
+KEYS = bytes(4 * 32)
+
+
 class FakePromotion:
     def __init__(self, blocks, seconds):
         self.blocks, self.seconds = blocks, seconds
@@ -76,7 +79,7 @@ def clock(monkeypatch):
 
 def make(found, tokens_per_second=None):
     planner = FakePlanner(found)
-    side = Promotions(planner, block_tokens=16, deadline_s=0.25, ahead=0)
+    side = Promotions(planner, deadline_s=0.25, ahead=0)
     if tokens_per_second:
         side._speed._tokens, side._speed._seconds = tokens_per_second, 1.0
     return planner, side
@@ -91,27 +94,27 @@ def step(side):
 def test_a_request_waits_once_until_its_blocks_have_come():
     found = FakePromotion(4, None)
     planner, side = make(found)
-    assert side.waits("a", b"keys")
-    assert side.waits("a", b"keys")
+    assert side.waits("a", KEYS, 64)
+    assert side.waits("a", KEYS, 64)
     found.pending = False
-    assert not side.waits("a", b"keys")
+    assert not side.waits("a", KEYS, 64)
     assert (planner.asked, planner.promoted, side.has_taken("a", 5)) == (1, [found], 3)
     # It finds no room and is asked about again: nothing is brought up twice.
     found.late = True
-    assert not side.waits("a", b"keys")
+    assert not side.waits("a", KEYS, 64)
     assert (planner.asked, side.stats()["late"]) == (1, 0)
     side.end("a")
     assert found.released
-    assert side.waits("a", b"keys") is True, "preempted and resumed, it may wait again"
+    assert side.waits("a", KEYS, 64) is True, "preempted and resumed, it may wait again"
 
 
 @pytest.mark.usefixtures("clock")
 def test_one_that_is_late_is_counted_once():
     found = FakePromotion(4, None)
     _, side = make(found)
-    assert side.waits("a", b"keys")
+    assert side.waits("a", KEYS, 64)
     found.pending, found.late = False, True
-    assert [side.waits("a", b"keys") for _ in range(3)] == [False] * 3
+    assert [side.waits("a", KEYS, 64) for _ in range(3)] == [False] * 3
     assert (side.stats()["late"], side.stats()["waiting"]) == (1, 0)
 
 
@@ -121,33 +124,33 @@ def test_what_is_computed_faster_is_not_brought_up():
     for seconds, starts in ((0.05, True), (0.07, False), (None, True)):
         found = FakePromotion(4, seconds)
         planner, side = make(found, tokens_per_second=1000)
-        assert side.waits("a", b"keys") is starts
+        assert side.waits("a", KEYS, 64) is starts
         assert (planner.promoted == [found], found.released) == (starts, not starts)
         stats = side.stats()
         assert (stats["started"], stats["declined"]) == (int(starts), int(not starts))
-        assert side.waits("a", b"keys") is starts, "the decision stands"
+        assert side.waits("a", KEYS, 64) is starts, "the decision stands"
         assert planner.asked == 1
 
 
 @pytest.mark.usefixtures("clock")
 def test_nothing_below_is_asked_for_again():
     planner, side = make(None)
-    assert not side.waits("a", b"keys")
-    assert not side.waits("a", b"keys")
+    assert not side.waits("a", KEYS, 64)
+    assert not side.waits("a", KEYS, 64)
     assert planner.asked == 2, "it may still be looking for what it kept"
 
 
 def test_blocks_of_a_request_that_is_not_asked_about_again_are_let_go(clock):
     found = FakePromotion(4, None)
     _, side = make(found)
-    assert side.waits("a", b"keys")
+    assert side.waits("a", KEYS, 64)
     clock.now = 1.2
     step(side)
     assert not found.released
     clock.now = 1.3
     step(side)
     assert found.released
-    assert not side.waits("a", b"keys")
+    assert not side.waits("a", KEYS, 64)
 
 
 @pytest.fixture(scope="module")
@@ -174,21 +177,17 @@ def test_what_lies_otherwise_is_another_layout(config):
     assert other_order != same, "layers follow each other otherwise"
 
 
-WHOLE = SimpleNamespace(is_whole=True)
-
-
 def test_a_disk_is_for_names_that_survive(config, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     identity = SimpleNamespace(survives_restart=True)
-    assert disks.why_off(identity, config, WHOLE) is None
-    assert disks.why_off(SimpleNamespace(survives_restart=False), config, WHOLE) == disks.WEIGHTS_UNKNOWN
+    assert disks.why_off(identity, config) is None
+    assert disks.why_off(SimpleNamespace(survives_restart=False), config) == disks.WEIGHTS_UNKNOWN
     monkeypatch.delenv("PYTHONHASHSEED")
     monkeypatch.setattr(disks.kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None, raising=False)
-    assert disks.why_off(identity, config, WHOLE) == disks.ROOT_IS_RANDOM
+    assert disks.why_off(identity, config) == disks.ROOT_IS_RANDOM
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)
-    assert "folders of its own" in disks.why_off(identity, config, WHOLE)
-    assert disks.why_off(identity, config, SimpleNamespace(is_whole=False)) == disks.NOT_WHOLE
+    assert "folders of its own" in disks.why_off(identity, config)
 
 
 def test_rows_are_shared_for_a_disk_only(config, tmp_path):

@@ -107,6 +107,25 @@ impl PyRankPlanner {
         })
     }
 
+    /// The blocks of the longest hit of all `groups`, 0 for none, that could be made of what is in memory and below, and the
+    /// packed keys of what it needs; None if nothing is below. The rest as for `lease_groups`.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing of the request, by name")]
+    fn reach_groups<'py>(
+        &self,
+        py: Python<'py>,
+        groups: &Bound<'py, PyGroups>,
+        hashes: &Bound<'py, PyAny>,
+        first: &Bound<'py, PyAny>,
+        most: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<(usize, Bound<'py, PyBytes>)>> {
+        entry(py, || {
+            let hashes = PackedKeys::from_python(hashes)?;
+            let (groups, range) = (groups.get().groups(), (whole("first", first)?, whole("most", most)?));
+            let reached = detached(py, || self.planner().reach_groups(groups, hashes.keys(), range))?;
+            Ok(reached.map(|(hit, keys)| (hit, PyBytes::new(py, keys.as_flattened()))))
+        })
+    }
+
     /// Plans to load the blocks of `lease`, which is used up: (ticket, packed slots).
     #[pyo3(signature = (lease, *, background=false))]
     fn plan_load<'py>(

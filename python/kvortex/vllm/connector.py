@@ -97,7 +97,7 @@ class KVortexConnector(KVConnectorBase_V1):
 
     def _has_disk(self, identity: EngineIdentity) -> bool:
         """Whether blocks go to a disk. Says once why not if one is configured."""
-        why_not = disks.why_off(identity, self._vllm, self._layout) if self._config.disk_paths else ""
+        why_not = disks.why_off(identity, self._vllm) if self._config.disk_paths else ""
         if why_not:
             log.warning("the disk tier stays off: %s", why_not)
         return why_not is None
@@ -131,7 +131,7 @@ class KVortexConnector(KVConnectorBase_V1):
             total = engines * self._shares * self._config.cpu_pool_size_bytes
             log.info("%d engines (data parallelism) take %d bytes of host memory in all", engines, total)
         ahead = int(bool(_of(self._vllm.scheduler_config, "async_scheduling", False)))
-        disk = disks.DiskSide(planner, self._config, self._layout.block_tokens, ahead) if has_disk else None
+        disk = disks.DiskSide(planner, self._config, ahead) if has_disk else None
         source = events.EventSource(planner, self._layout.block_tokens) if events.are_wanted(self._vllm) else None
         return SchedulerSide(planner, self._layout, mode, disk, shares=self._shares, events=source)
 

@@ -39,18 +39,12 @@ FORGOTTEN = (
     "everything was forgotten, as before sleep or new weights, and nobody knows which weights the engine has now; "
     "what was on the disk is gone, and the next start uses it again"
 )
-NOT_WHOLE = (
-    "a request does not keep every block of this model, which has sliding windows or several KV-cache groups, and the "
-    "disk is for those of which it does; start vLLM with --disable-hybrid-kv-cache-manager, if the model allows it"
-)
 
 
-def why_off(identity: EngineIdentity, vllm_config: VllmConfig, layout: CacheLayout) -> str | None:
+def why_off(identity: EngineIdentity, vllm_config: VllmConfig) -> str | None:
     """Why blocks may not go to the disk that is configured, and what to do; None if they may."""
     if not identity.survives_restart:
         return WEIGHTS_UNKNOWN
-    if not layout.is_whole:
-        return NOT_WHOLE
     if not os.environ.get("PYTHONHASHSEED") and getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None) is None:
         return ROOT_IS_RANDOM
     if vllm_config.parallel_config.data_parallel_size > 1:
@@ -93,16 +87,15 @@ def _order(strides: tuple[int, ...]) -> list[int]:
 class DiskSide:
     """What the scheduler's side has to do with a disk."""
 
-    def __init__(self, planner: RankPlanner, config: KVortexConfig, block_tokens: int, ahead: int) -> None:
+    def __init__(self, planner: RankPlanner, config: KVortexConfig, ahead: int) -> None:
         self._planner = planner
         self._config = config
         self._is_on = True
         self._counted = 0.0
         deadline = config.disk_read_deadline_ms / 1000
-        self.promotions = Promotions(planner, block_tokens, deadline, ahead)
+        self.promotions = Promotions(planner, deadline, ahead)
         self.hit_tokens = 0
         """Tokens that the engine was given and that came from the disk for it."""
-        self._block_tokens = block_tokens
 
     @property
     def is_on(self) -> bool:
@@ -126,13 +119,15 @@ class DiskSide:
             self._config.disk_read_deadline_ms,
         )
 
-    def waits(self, name: str, keys: bytes) -> bool:
-        """Whether a request waits for some of ``keys``."""
-        return self._is_on and self.promotions.waits(name, keys)
+    def waits(self, name: str, keys: bytes, tokens: int) -> bool:
+        """Whether a request waits for some of ``keys``, which together give it ``tokens`` tokens."""
+        return self._is_on and self.promotions.waits(name, keys, tokens)
 
-    def took(self, name: str, blocks: int) -> int:
-        """The request was given its first ``blocks`` blocks; tokens of those that came from the disk for it."""
-        tokens = self.promotions.has_taken(name, blocks) * self._block_tokens
+    def took(self, name: str, blocks: int, tokens: int) -> int:
+        """The request was given its first ``blocks`` blocks, which give it ``tokens`` tokens; those that came from the
+        disk for it.
+        """
+        tokens = self.promotions.has_taken(name, blocks) * tokens // blocks
         self.hit_tokens += tokens
         self.promotions.end(name)
         return tokens

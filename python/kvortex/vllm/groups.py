@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from kvortex import BlockGroups
+from kvortex.vllm.identity import KEY
 from kvortex.vllm.metadata import Store, block_ids
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ class Tables:
             return planner.lease_groups(self._groups, hashes, first, most)
         lease = planner.lease_prefix(hashes)
         return first + len(lease), lease
+
+    def reach(self, planner: RankPlanner, hashes: bytes, first: int, most: int) -> tuple[bytes, int]:
+        """The keys that a hit needs which is as long as what is in memory and below allows, and the tokens it gives.
+
+        With one group whoever looks for the keys below sees for himself how far they go.
+        """
+        if self._groups is None:
+            return hashes, len(hashes) // KEY * self._block_tokens
+        hit, keys = planner.reach_groups(self._groups, hashes, first, most) or (0, b"")
+        return keys, max(0, hit - first) * self._block_tokens
 
     def targets(self, ids: Sequence[list[int]], first: int, end: int) -> list[int]:
         """Where a hit of ``end`` blocks is loaded beyond ``first``, in the order of its lease."""

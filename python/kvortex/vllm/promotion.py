@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PrefillSpeed", "Promotions"]
 
+KEY = 32
+"""Bytes of a key."""
+
 KEEP = 0.8
 """What is left of an earlier measurement's weight after each further one."""
 
@@ -55,10 +58,9 @@ class PrefillSpeed:
 class Promotions:
     """Has blocks brought up for requests that wait, once for each, and only if that is faster than to compute them."""
 
-    def __init__(self, planner: RankPlanner, block_tokens: int, deadline_s: float, ahead: int) -> None:
+    def __init__(self, planner: RankPlanner, deadline_s: float, ahead: int) -> None:
         """``deadline_s`` is how long the planner lets blocks come, ``ahead`` as for PrefillSpeed."""
         self._planner = planner
-        self._block_tokens = block_tokens
         self._held_s = deadline_s + GRACE_S
         self._speed = PrefillSpeed(ahead)
         self._asked: dict[str, Promotion | None] = {}
@@ -69,10 +71,10 @@ class Promotions:
         """Those whose blocks may still come."""
         self._started = self._declined = self._late = 0
 
-    def waits(self, name: str, keys: bytes) -> bool:
-        """Whether the request, whose blocks beyond the engine's own are ``keys``, waits for some of them."""
+    def waits(self, name: str, keys: bytes, tokens: int) -> bool:
+        """Whether the request waits for some of the blocks ``keys``, which together give it ``tokens`` tokens."""
         if name not in self._asked:
-            return self._start(name, keys)
+            return self._start(name, keys, tokens)
         promotion = self._asked[name]
         if promotion is None or name not in self._waiting:
             return False
@@ -119,11 +121,11 @@ class Promotions:
             "prefill_tokens_per_second": self._speed.tokens_per_second,
         }
 
-    def _start(self, name: str, keys: bytes) -> bool:
+    def _start(self, name: str, keys: bytes, tokens: int) -> bool:
         found = self._planner.find_below(keys)
         if found is None:
             return False
-        if not self._is_faster(found):
+        if not self._is_faster(found, tokens * KEY // len(keys)):
             self._declined += 1
             self._asked[name] = None
             found.release()
@@ -135,10 +137,10 @@ class Promotions:
         self._waiting.add(name)
         return True
 
-    def _is_faster(self, found: Promotion) -> bool:
-        """Whether to bring up is faster than to compute, as far as both were measured."""
+    def _is_faster(self, found: Promotion, block_tokens: int) -> bool:
+        """Whether to bring up blocks, each worth so many tokens, is faster than to compute, as far as was measured."""
         seconds, speed = found.seconds, self._speed.tokens_per_second
-        return seconds is None or speed is None or seconds < len(found) * self._block_tokens / speed
+        return seconds is None or speed is None or seconds < len(found) * block_tokens / speed
 
     def _release(self, name: str) -> None:
         del self._held[name]

@@ -178,20 +178,29 @@ class SchedulerSide:
         keys = self._keys_of(tracked)[first * KEY : (end + self._tables.ahead) * KEY]
         if end <= first or not keys:
             return 0, False
-        if self._is_being_loaded(keys) or (self._disk is not None and self._disk.waits(request.request_id, keys)):
+        if self._is_being_loaded(keys):
+            return None, False
+        if self._disk is not None and self._disk.waits(
+            request.request_id, *self._tables.reach(self._planner, keys, first, end)
+        ):
             return None, False
         hit, lease = self._tables.lease(self._planner, keys, first, end)
         if not tracked.looked_up:
             tracked.looked_up = True
-            found = max(0, hit - first)
-            promoted = self._disk.promotions.has_taken(request.request_id, found) if self._disk is not None else 0
-            self._ledger.looked_up(end - first, found, promoted)
+            self._note_lookup(request.request_id, end - first, max(0, hit - first), lease)
         if not len(lease):
             return 0, False
         tracked.lease, tracked.hit = lease, hit
         self._offers.append(tracked)
         tracked.background = self._is_background(first, len(lease))
         return (hit - first) * self._block_tokens, tracked.background
+
+    def _note_lookup(self, name: str, asked: int, found: int, lease: Lease) -> None:
+        """Counts a request's first lookup, of which ``lease`` has the blocks."""
+        promoted = 0
+        if self._disk is not None and len(lease):
+            promoted = self._disk.promotions.has_taken(name, len(lease)) * found // len(lease)
+        self._ledger.looked_up(asked, found, promoted)
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The engine takes ``num_external_tokens`` of what it was offered, into the blocks of the request's table."""
@@ -213,7 +222,9 @@ class SchedulerSide:
         self._step.loads.append(load)
         self._step.written.extend(targets)
         self.hit_tokens += num_external_tokens
-        promoted = self._disk.took(request.request_id, count) if self._disk is not None else 0
+        promoted = 0
+        if self._disk is not None:
+            promoted = self._disk.took(request.request_id, len(targets), num_external_tokens)
         given = self._under_way[ticket] = _Given(tracked, len(targets), num_external_tokens, promoted)
         given.count(1)
         if tracked.background:

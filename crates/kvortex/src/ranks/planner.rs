@@ -307,6 +307,22 @@ impl RankPlanner {
         Ok(self.below.with(|lower| lower.find(keys, Reach::Prefix)).flatten())
     }
 
+    /// The longest hit of several groups, as in [`lease_groups`](Self::lease_groups), that could be made of what is in memory and
+    /// below, and the keys of what it needs, for [`find_below`](Self::find_below). `None` if nothing is below.
+    ///
+    /// # Errors
+    /// [`Error::Forked`](crate::Error::Forked) in a forked child.
+    pub fn reach_groups(
+        &self,
+        groups: &Groups,
+        hashes: Keys<'_>,
+        range: (usize, usize),
+    ) -> Result<Option<(usize, Packed)>> {
+        self.owner.check()?;
+        let index = self.planner.index();
+        Ok(self.below.with(|lower| hybrid::reach(&hybrid::Somewhere { index, lower }, groups, hashes, range)))
+    }
+
     /// Starts to bring blocks up, and returns at once.
     ///
     /// # Errors

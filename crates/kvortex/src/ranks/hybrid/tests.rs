@@ -88,6 +88,11 @@ proptest! {
         let loaded = expected.map(|hit| reads(&groups, case.first, hit).0).unwrap_or_default();
         let slots: Vec<SlotId> = loaded.iter().map(|place| index.lease_prefix(Keys::from_slices(&[key(place)])).slots()[0]).collect();
         prop_assert_eq!(leased.slots(), &slots[..]);
+        // What could be brought up is what the same search finds, with what must be there besides.
+        let (reached, keys) = reach(&*index, &groups, Keys::from_slices(&hashes), (case.first, case.most));
+        prop_assert_eq!(reached, hit);
+        let behind = expected.map(|hit| reads(&groups, case.first, hit).1).unwrap_or_default();
+        prop_assert_eq!(keys, loaded.iter().chain(&behind).map(key).collect::<Vec<_>>());
         prop_assert_eq!(index.stats().leased, slots.len());
         drop(leased);
         prop_assert_eq!(index.stats().leased, 0);

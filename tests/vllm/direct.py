@@ -14,14 +14,16 @@ NO_FORWARD = SimpleNamespace(attn_metadata=None)
 class Direct:
     """Does what an engine would do with one request at a time, and nothing else."""
 
-    def __init__(self, model, config=None):
-        self.run = Run(model, Options(0), config)
+    def __init__(self, model, config=None, run=None):
+        self.run = run or Run(model, Options(0), config)
         self.scheduler, self.worker = self.run.scheduler.connector, self.run.connector
         self.side = self.scheduler._scheduler
 
     def hit_tokens(self, request):
-        """Tokens that it would be given."""
-        tokens, _ = self.scheduler.get_num_new_matched_tokens(request, 0)
+        """Tokens that it would be given, once they have come if they are on their way."""
+        tokens = None
+        while tokens is None:
+            tokens, _ = self.scheduler.get_num_new_matched_tokens(request, 0)
         return tokens
 
     def serve(self, request):
@@ -32,13 +34,17 @@ class Direct:
         blocks = list(range(1, count + 2))
         new = SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
         scheduled = {name: request.num_tokens}
-        self._step(
-            SimpleNamespace(scheduled_new_reqs=[new], scheduled_cached_reqs=NO_CACHED, num_scheduled_tokens=scheduled)
-        )
-        self._step(SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=NO_CACHED, num_scheduled_tokens={}))
+        self._step([new], scheduled)
+        self._step([], {})
         return hit, self.scheduler.request_finished(request, blocks)[1]
 
-    def _step(self, output):
+    def _step(self, new, scheduled):
+        output = SimpleNamespace(
+            scheduled_new_reqs=new,
+            scheduled_cached_reqs=NO_CACHED,
+            num_scheduled_tokens=scheduled,
+            total_num_scheduled_tokens=sum(scheduled.values()),
+        )
         worker, plans = self.worker, self.scheduler.build_connector_meta(output)
         worker.handle_preemptions(plans)
         worker.bind_connector_metadata(plans)

@@ -6,6 +6,7 @@ import time
 import harness
 import pytest
 from direct import Direct, whole_blocks
+from disk_harness import DiskOptions, DiskRun
 from harness import Options
 from test_identity import adapter, request
 
@@ -18,7 +19,19 @@ def in_host(direct):
     """Leaves blocks in host memory, where they are."""
 
 
-TIERS = {"host": in_host}
+def on_disk(direct):
+    """Fills host memory with others, which come from elsewhere: the blocks are left on the disk."""
+    before = direct.side.stats()
+    for other in range(before["capacity_blocks"] // 6 + 1):
+        one = request(range(1000 * other + 5000, 1000 * other + 5100))
+        one.request_id = f"other {other}"
+        direct.serve(one)
+    after = direct.side.stats()
+    assert after["evictions"] >= before["evictions"] + 6
+    assert after["disk"]["written_blocks"] > before["disk"]["written_blocks"]
+
+
+TIERS = {"host": in_host, "disk": on_disk}
 """How blocks are brought into one tier, and only there."""
 
 
@@ -29,11 +42,17 @@ def config(model_folder):
 
 
 @pytest.fixture
-def direct(config, model_folder):
+def direct(config, model_folder, tmp_path, tier):
     logging.disable(logging.WARNING)
-    one = Direct(model_folder, config)
+    run = None
+    if tier == "disk":
+        options = DiskOptions(0)
+        run = DiskRun(model_folder, options, harness.vllm_config(model_folder, options), tmp_path / "disk")
+    one = Direct(model_folder, config, run)
     with one.run.virtual():
         yield one
+    if run is not None:
+        run.end()
 
 
 def of(name, **more):

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use common::{Key, bytes_of, key};
 use folder::{Folder, IDENTITY, fresh};
 use kvortex::ranks::{RankBoard, RankMover, RankPlanner, Rows, Seat};
+use kvortex::terms::{Priority, Terms};
 use kvortex::tier::disk::{DiskConfig, DiskTier};
 use kvortex::tier::rows::AllRows;
 use kvortex::tier::suite::{World, conforms};
@@ -89,7 +90,11 @@ fn pages(bytes: Vec<u8>, count: usize) -> (Region, Pages) {
 impl Ranks {
     /// Stores blocks on all ranks, and waits until they are visible.
     fn store(&self, keys: &[Key]) {
-        let stored = self.planner.plan_store(Keys::from_slices(keys), &[]).unwrap();
+        self.store_on(keys, &[]);
+    }
+
+    fn store_on(&self, keys: &[Key], terms: &[Terms]) {
+        let stored = self.planner.plan_store_on(Keys::from_slices(keys), terms, &[]).unwrap();
         for (rank, mover) in self.movers.iter().enumerate() {
             let bytes = stored.positions.iter().flat_map(|&at| part(&keys[at as usize], rank)).collect();
             mover.submit(stored.ticket.unwrap(), &stored.slots, pages(bytes, stored.slots.len()).1).unwrap();
@@ -291,6 +296,24 @@ fn nothing_that_was_there_before_a_reset_comes_after_it() {
     plan.clear();
     drop(again);
     assert!(start(config(&folder), &TWO).find(&all).is_none(), "nor after a restart");
+}
+
+#[test]
+fn what_lives_for_a_time_only_does_not_go_below() {
+    let folder = Folder::new("ranks-mortal");
+    let mortal = Terms::new(Priority::Normal, Some(60_000));
+    {
+        let ranks = start(config(&folder), &TWO);
+        let terms = [Terms::default(), mortal, Terms::default(), mortal];
+        ranks.store_on(&keys(0..4), &terms);
+        // Who asks for them again, for a time too, and who does not mind.
+        assert!(ranks.planner.plan_store_on(Keys::from_slices(&keys(1..2)), &[mortal], &[]).unwrap().ticket.is_none());
+        assert!(ranks.planner.plan_store(Keys::from_slices(&keys(3..4)), &[]).unwrap().ticket.is_none());
+        assert!(ranks.planner.flush(PATIENCE).unwrap());
+    }
+    let ranks = start(config(&folder), &TWO);
+    let below: Vec<bool> = keys(0..4).iter().map(|&key| ranks.find(&[key]).is_some()).collect();
+    assert_eq!(below, [true, false, true, true]);
 }
 
 #[test]

@@ -91,6 +91,19 @@ def test_an_engine_that_was_killed_serves_its_old_prefixes_from_the_disk(weights
     assert stats["promotions"]["started"] == 3
 
 
+@pytest.mark.skipif(OLD, reason="with a connector this vLLM has one group")
+@pytest.mark.timeout(600)
+def test_blocks_of_sliding_windows_come_back_from_the_disk(gemma_folder, tmp_path):
+    first, _ = life(gemma_folder, tmp_path / "kv", tmp_path)
+    again, _ = life(gemma_folder, tmp_path / "kv", tmp_path)
+    assert (answers(again), cached(again)) == (answers(first), CACHED)
+    stats = again["stats"]
+    assert stats["disk_hit_tokens"] == stats["hit_tokens"] == ALL_TOKENS
+    # Of 18, 5 and 1 blocks of tokens all in the group that sees everything, and in each of five the last four.
+    assert stats["disk"]["promoted_blocks"] == (18 + 5 * 4) + (5 + 5 * 4) + (1 + 5 * 1)
+    assert stats["disk"]["corrupt"] == stats["disk"]["lost_blocks"] == 0
+
+
 @pytest.mark.timeout(900)
 def test_an_engine_that_dies_while_it_writes_leaves_nothing_wrong(weights_folder, tmp_path):
     for name in PROMPTS:

@@ -40,7 +40,9 @@ def test_an_engine_that_is_ahead_asks_for_a_step_when_the_one_before_the_last_is
     assert speed.tokens_per_second == (kept * 512 + 64) / (kept * 2.0 + 0.25)
 
 
-KEYS = bytes(4 * 32)
+def reach():
+    """Keys of four blocks, and their tokens."""
+    return bytes(4 * 32), 64
 
 
 class FakePromotion:
@@ -94,27 +96,27 @@ def step(side):
 def test_a_request_waits_once_until_its_blocks_have_come():
     found = FakePromotion(4, None)
     planner, side = make(found)
-    assert side.waits("a", KEYS, 64)
-    assert side.waits("a", KEYS, 64)
+    assert side.waits("a", reach)
+    assert side.waits("a", reach)
     found.pending = False
-    assert not side.waits("a", KEYS, 64)
+    assert not side.waits("a", reach)
     assert (planner.asked, planner.promoted, side.has_taken("a", 5)) == (1, [found], 3)
     # It finds no room and is asked about again: nothing is brought up twice.
     found.late = True
-    assert not side.waits("a", KEYS, 64)
+    assert not side.waits("a", reach)
     assert (planner.asked, side.stats()["late"]) == (1, 0)
     side.end("a")
     assert found.released
-    assert side.waits("a", KEYS, 64) is True, "preempted and resumed, it may wait again"
+    assert side.waits("a", reach) is True, "preempted and resumed, it may wait again"
 
 
 @pytest.mark.usefixtures("clock")
 def test_one_that_is_late_is_counted_once():
     found = FakePromotion(4, None)
     _, side = make(found)
-    assert side.waits("a", KEYS, 64)
+    assert side.waits("a", reach)
     found.pending, found.late = False, True
-    assert [side.waits("a", KEYS, 64) for _ in range(3)] == [False] * 3
+    assert [side.waits("a", reach) for _ in range(3)] == [False] * 3
     assert (side.stats()["late"], side.stats()["waiting"]) == (1, 0)
 
 
@@ -124,33 +126,33 @@ def test_what_is_computed_faster_is_not_brought_up():
     for seconds, starts in ((0.05, True), (0.07, False), (None, True)):
         found = FakePromotion(4, seconds)
         planner, side = make(found, tokens_per_second=1000)
-        assert side.waits("a", KEYS, 64) is starts
+        assert side.waits("a", reach) is starts
         assert (planner.promoted == [found], found.released) == (starts, not starts)
         stats = side.stats()
         assert (stats["started"], stats["declined"]) == (int(starts), int(not starts))
-        assert side.waits("a", KEYS, 64) is starts, "the decision stands"
+        assert side.waits("a", reach) is starts, "the decision stands"
         assert planner.asked == 1
 
 
 @pytest.mark.usefixtures("clock")
 def test_nothing_below_is_asked_for_again():
     planner, side = make(None)
-    assert not side.waits("a", KEYS, 64)
-    assert not side.waits("a", KEYS, 64)
+    assert not side.waits("a", reach)
+    assert not side.waits("a", reach)
     assert planner.asked == 2, "it may still be looking for what it kept"
 
 
 def test_blocks_of_a_request_that_is_not_asked_about_again_are_let_go(clock):
     found = FakePromotion(4, None)
     _, side = make(found)
-    assert side.waits("a", KEYS, 64)
+    assert side.waits("a", reach)
     clock.now = 1.2
     step(side)
     assert not found.released
     clock.now = 1.3
     step(side)
     assert found.released
-    assert not side.waits("a", KEYS, 64)
+    assert not side.waits("a", reach)
 
 
 @pytest.fixture(scope="module")

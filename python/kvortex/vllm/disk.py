@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core import kv_cache_utils
@@ -119,9 +119,9 @@ class DiskSide:
             self._config.disk_read_deadline_ms,
         )
 
-    def waits(self, name: str, keys: bytes, tokens: int) -> bool:
-        """Whether a request waits for some of ``keys``, which together give it ``tokens`` tokens."""
-        return self._is_on and self.promotions.waits(name, keys, tokens)
+    def waits(self, name: str, reach: Callable[[], tuple[bytes, int]]) -> bool:
+        """Whether a request waits for blocks; ``reach`` as for ``Promotions.waits``."""
+        return self._is_on and self.promotions.waits(name, reach)
 
     def took(self, name: str, blocks: int, tokens: int) -> int:
         """The request was given its first ``blocks`` blocks, which give it ``tokens`` tokens; those that came from the

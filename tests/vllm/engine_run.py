@@ -137,12 +137,16 @@ def corrupted(engine, prompt, part):
     """
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    from kvortex.vllm.metadata import block_ids
+
     side = get_kv_transfer_group()._worker
     load = side.load
 
     def spoiled(forward_context=None):
         ids = [block for one in side._step.loads for block in one.blocks[part]]
         load(forward_context)
+        # A load in the background must not come after the noise.
+        side._mover.fence(side._cache.blocks(block_ids(ids)))
         for cache in engine.runner.kv_caches:
             dim = next(dim for dim, size in enumerate(cache.shape) if size == side._cache.num_blocks)
             if ids:

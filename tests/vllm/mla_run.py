@@ -39,6 +39,8 @@ def spoil_last_rank(worker):
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    from kvortex.vllm.metadata import block_ids
+
     if get_tensor_model_parallel_rank() + 1 < get_tensor_model_parallel_world_size():
         return
     side = get_kv_transfer_group()._worker
@@ -47,6 +49,8 @@ def spoil_last_rank(worker):
     def spoiled(forward_context=None):
         ids = [block for one in side._step.loads for block in one.blocks]
         load(forward_context)
+        # A load in the background must not come after the noise.
+        side._mover.fence(side._cache.blocks(block_ids(ids)))
         for cache in worker.model_runner.kv_caches if ids else ():
             cache.index_fill_(0, torch.tensor(ids), 0.5)
 

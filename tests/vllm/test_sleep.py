@@ -8,6 +8,7 @@ import pytest
 
 from kvortex import KVortexConfig, KVortexTimeoutError, Namespace, PagedCache, RankMover, RankPlanner
 from kvortex.vllm import KVortexConnector, scheduler
+from kvortex.vllm.groups import LayerGroup
 from kvortex.vllm.layout import CacheLayout
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.settings import LoadMode
@@ -26,7 +27,8 @@ class Engine:
         self.mover = RankMover(config, name, 1, 0, **shape)
         self.cache = PagedCache([memoryview(bytearray(BYTES * 8)).cast("B", (8, BYTES))])
         self.connector = KVortexConnector.__new__(KVortexConnector)
-        self.connector._scheduler = SchedulerSide(planner, CacheLayout({}, 8, BLOCK, BYTES, False), LoadMode("sync"))
+        layout = CacheLayout({}, {}, 8, BLOCK, BYTES, replicated=False, groups=(LayerGroup(()),))
+        self.connector._scheduler = SchedulerSide(planner, layout, LoadMode("sync"))
         self.connector._vllm = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=sleeps))
         self.hashes = [hashlib.sha256(bytes([number])).digest() for number in range(TOKENS // BLOCK)]
 

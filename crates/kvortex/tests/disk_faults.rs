@@ -167,9 +167,10 @@ fn child(folder: &Folder, kill: Option<String>, ring: bool) -> std::process::Chi
 /// Everything that a child left is right, what it said to be kept is there, and no byte is taken beyond the cap.
 fn judge(folder: &Folder) {
     let world = World::new(64, BLOCK);
-    let start = Instant::now();
     let tier = folder.open(&world, 24);
-    assert!(tier.flush(PATIENCE) && start.elapsed() < Duration::from_secs(10));
+    let start = Instant::now();
+    let flushed = tier.flush(PATIENCE);
+    assert!(flushed && start.elapsed() < Duration::from_secs(10), "{:?}: {:?}", start.elapsed(), tier.stats());
     let said = std::fs::read_to_string(folder.path.join("kept")).unwrap_or_default();
     let kept: Vec<usize> = said.split_whitespace().map(|id| id.parse().unwrap()).collect();
     let found = world.get(&tier, &kept, PATIENCE);

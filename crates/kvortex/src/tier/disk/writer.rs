@@ -41,6 +41,8 @@ pub(super) fn start(volume: &Arc<Volume>) -> Result<()> {
 fn run(volume: &Arc<Volume>) {
     let is_closed = || volume.queue.lock().closed;
     open::scan(&volume.opened(), &is_closed);
+    // Through the lock, or who has just seen that the scan goes on would wait for ever.
+    drop(volume.queue.lock());
     volume.changed.notify_all();
     let mut keeper = Keeper { next: Instant::now(), sync: Instant::now() + SYNC_EVERY, full: None };
     loop {

@@ -274,15 +274,20 @@ PLANTED = {
 @pytest.mark.parametrize("defect", PLANTED)
 def test_a_planted_defect_is_noticed(config, model_folder, monkeypatch, defect, order):
     plant, mode = PLANTED[defect]
+    schedules = (Options(seed, order=order, **MODES[mode]) for seed in range(20))
+    expect_notice(defect, plant, (Run(model_folder, options, config) for options in schedules), monkeypatch)
+
+
+def expect_notice(defect, plant, runs, monkeypatch):
+    """One of the runs, in each of which the defect is planted, notices it."""
     logging.disable(logging.CRITICAL)
-    for seed in range(20):
-        run = Run(model_folder, Options(seed, order=order, **MODES[mode]), config)
+    for run in runs:
         with monkeypatch.context() as patch:
             plant(run, patch)
             try:
                 run.go()
             except Wrong as error:
-                print(f"\n{defect}: seed {seed}: {error}")
+                print(f"\n{defect}: seed {run.options.seed}: {error}")
                 return
     pytest.fail(f"nobody noticed that it {defect}")
 
@@ -373,15 +378,6 @@ PLANTED_IN_GROUPS = {
 @pytest.mark.parametrize("defect", PLANTED_IN_GROUPS)
 def test_a_defect_planted_in_the_rules_of_groups_is_noticed(config, model_folder, monkeypatch, defect):
     plant, shape, more = PLANTED_IN_GROUPS[defect]
-    logging.disable(logging.CRITICAL)
-    for seed in range(20):
-        order = ORDERS_OF_GROUPS[seed % len(ORDERS_OF_GROUPS)]
-        run = Run(model_folder, Options(seed, order, shape=shape, **more), config)
-        with monkeypatch.context() as patch:
-            plant(run, patch)
-            try:
-                run.go()
-            except Wrong as error:
-                print(f"\n{defect}: seed {seed}: {error}")
-                return
-    pytest.fail(f"nobody noticed that it {defect}")
+    turns = len(ORDERS_OF_GROUPS)
+    schedules = (Options(seed, ORDERS_OF_GROUPS[seed % turns], shape=shape, **more) for seed in range(20))
+    expect_notice(defect, plant, (Run(model_folder, options, config) for options in schedules), monkeypatch)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import harness
 import pytest
@@ -9,6 +10,9 @@ from direct import Direct, whole_blocks
 from disk_harness import DiskOptions, DiskRun
 from harness import Options
 from test_identity import adapter, request
+
+from kvortex.vllm import disk as disks
+from kvortex.vllm.stats import key
 
 TOKENS = list(range(100, 200))
 IMAGE_FROM = 20
@@ -124,3 +128,28 @@ def wait_for_adapters(direct, kinds):
         while not keys.packed:
             assert time.monotonic() < end, name
             direct.side._source.extend(keys, of(name, **more))
+
+
+@pytest.mark.parametrize("tier", ["disk"])
+def test_numbers_and_answers_tell_what_came_from_the_disk(direct, tier, monkeypatch):
+    monkeypatch.setattr(disks, "COUNTED_EACH_S", 0)
+    direct.serve(of("first"))
+    TIERS[tier](direct)
+    asking = of("then")
+    asking.kv_transfer_params = {"kvortex_report": True}
+    tokens = direct.hit_tokens(asking)
+    assert tokens == 96
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, 8)),))
+    direct.scheduler.update_state_after_alloc(asking, blocks, tokens)
+    direct._step([], {})
+    _, answer = direct.scheduler.request_finished(asking, [])
+    assert answer == {"kvortex_loaded_tokens": {"host": 0, "disk": 96}}
+    disk, told = direct.side.stats()["disk"], direct.side.take_counts().data
+    assert told[key("kvortex_hit_tokens", "disk")] == 96
+    assert key("kvortex_hit_tokens", "host") not in told
+    for name, direction in (("promoted", "load"), ("written", "store")):
+        count = disk[f"{name}_blocks"]
+        assert told[key("kvortex_transferred_blocks", "disk", direction)] == count >= 6
+        assert told[key("kvortex_transferred_tokens", "disk", direction)] == count * harness.BLOCK
+    assert told[key("kvortex_used_blocks", "disk")] == disk["blocks"]
+    assert told[key("kvortex_capacity_bytes", "disk")] == disk["max_bytes"]

@@ -149,6 +149,11 @@ FROM_DISK = {
     "evictions": key("kvortex_evicted_blocks", DISK),
 }
 
+TOKENS_OF_DISK = {
+    "promoted_blocks": key("kvortex_transferred_tokens", DISK, LOAD),
+    "written_blocks": key("kvortex_transferred_tokens", DISK, STORE),
+}
+
 DISK_NOW = {
     "capacity_blocks": key("kvortex_capacity_blocks", DISK),
     "blocks": key("kvortex_used_blocks", DISK),
@@ -208,12 +213,10 @@ class Ledger:
         new = self._new
         for name, series in FROM_DISK.items():
             more = counts[name] - self._seen_disk.get(name, 0)
-            if more <= 0:
-                continue
-            new.add(series, more)
-            if name in ("promoted_blocks", "written_blocks"):
-                direction = LOAD if name == "promoted_blocks" else STORE
-                new.add(key("kvortex_transferred_tokens", DISK, direction), more * self._block_tokens)
+            if more > 0:
+                new.add(series, more)
+                if name in TOKENS_OF_DISK:
+                    new.add(TOKENS_OF_DISK[name], more * self._block_tokens)
         for name, series in DISK_NOW.items():
             if counts[name] != self._seen_disk.get(name):
                 new.data[series] = counts[name]

@@ -32,6 +32,7 @@ struct Mapping {
     count: usize,
     path: PathBuf,
     locked: File,
+    process: u32,
 }
 
 // SAFETY: the mapping is plain memory, owned by this object and reached only as atomics.
@@ -54,7 +55,8 @@ impl SharedWords {
             let file = open(path).map_err(failed)?;
             if let Some(file) = settle(file, count).map_err(failed)? {
                 let base = map(&file, count).map_err(failed)?;
-                let mapping = Mapping { base, count, path: path.to_owned(), locked: file };
+                let (path, process) = (path.to_owned(), std::process::id());
+                let mapping = Mapping { base, count, path, locked: file, process };
                 return Ok(SharedWords::over(Backing::Mapped(mapping)));
             }
         }
@@ -131,6 +133,10 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range is this mapping, and nothing borrowed from it outlives it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.count * size_of::<AtomicU64>()) };
+        // A child that is about to become another program holds the file for a moment, and must not hold the lock.
+        if std::process::id() == self.process {
+            let _ = lock(&self.locked, libc::LOCK_UN);
+        }
     }
 }
 

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use kvortex_mem::MemError;
 use kvortex_mem::arena::Arena;
 use kvortex_mem::copy::{CopyEngine, Direction, HostCopy, Step, Transfer};
+use kvortex_mem::file::{SlabFile, SlabOptions};
 use kvortex_mem::map::{HostMemory, MapOptions};
+use kvortex_mem::shared::SharedWords;
 use kvortex_mem::slots::SlotId;
 use kvortex_mem::span::{Pages, Pattern, Region, Segment};
 
@@ -129,4 +131,65 @@ fn a_forked_child_is_told_and_never_waits() {
             fork_once(&engine, [memory.store(1, 64), memory.store(SLOTS, SLOT_BYTES)]);
         }
     });
+}
+
+/// A child that does `work` and then waits for its end.
+struct Idle(libc::pid_t);
+
+impl Idle {
+    fn after(work: impl FnOnce()) -> Idle {
+        // SAFETY: the child calls only what must work after a fork, and never returns.
+        match unsafe { libc::fork() } {
+            0 => {
+                work();
+                loop {
+                    // SAFETY: waits for a signal.
+                    unsafe { libc::pause() };
+                }
+            }
+            -1 => panic!("cannot fork: {}", std::io::Error::last_os_error()),
+            child => Idle(child),
+        }
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        assert_eq!(exit_of(self.0, Duration::ZERO), None);
+    }
+}
+
+/// A child has all that its parent had open, until it becomes another program.
+#[test]
+fn a_child_holds_no_lock_that_its_parent_let_go() {
+    let base = std::env::temp_dir().join(format!("kvortex-fork-{}", std::process::id()));
+    let (board, options) = (base.with_extension("board"), SlabOptions::new(&base));
+    let told = SharedWords::join(&base.with_extension("told"), 1).unwrap();
+    let words = SharedWords::join(&board, 8).unwrap();
+    words.words()[0].store(7, Ordering::Relaxed);
+    let file = SlabFile::open(&options).unwrap();
+    let child = Idle::after(|| ());
+    drop((words, file));
+    let words = SharedWords::join(&board, 8).unwrap();
+    assert_eq!(words.words()[0].load(Ordering::Relaxed), 0, "it is somebody's still");
+    let file = SlabFile::open(&options).unwrap();
+    drop(child);
+    // Nor does a child let go of what its parent holds.
+    words.words()[0].store(7, Ordering::Relaxed);
+    let child = Idle::after(|| {
+        // SAFETY: in the child nobody else has them, and it never returns to their owner.
+        unsafe {
+            std::ptr::drop_in_place(std::ptr::from_ref(&file).cast_mut());
+            std::ptr::drop_in_place(std::ptr::from_ref(&words).cast_mut());
+        }
+        told.words()[0].store(1, Ordering::Release);
+    });
+    while told.words()[0].load(Ordering::Acquire) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(SlabFile::open(&options).is_err(), "two have the folder");
+    assert_eq!(SharedWords::join(&board, 8).unwrap().words()[0].load(Ordering::Relaxed), 7);
+    drop((child, file));
+    [words, told].iter().for_each(SharedWords::close_door);
+    std::fs::remove_dir_all(&base).unwrap();
 }

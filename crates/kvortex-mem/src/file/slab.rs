@@ -80,11 +80,21 @@ pub struct SlabFile {
     file: OwnedFd,
     direct: bool,
     ring: bool,
+    process: u32,
 }
 
 impl fmt::Debug for SlabFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SlabFile({}, {})", self.path.display(), if self.direct { "direct" } else { "buffered" })
+    }
+}
+
+impl Drop for SlabFile {
+    fn drop(&mut self) {
+        // A child that is about to become another program holds the folder for a moment, and must not hold the lock.
+        if std::process::id() == self.process {
+            self.unlock();
+        }
     }
 }
 
@@ -103,7 +113,8 @@ impl SlabFile {
         let flags = if options.create { libc::O_RDWR | libc::O_CREAT } else { libc::O_RDONLY };
         let flags = if direct { flags | libc::O_DIRECT } else { flags };
         let file = sys.open(Some(folder.as_fd()), FILE, flags).map_err(failed)?;
-        let mut slab = SlabFile { path: path.clone(), sys: Arc::clone(sys), folder, file, direct, ring: false };
+        let (path, sys, process) = (path.clone(), Arc::clone(sys), std::process::id());
+        let mut slab = SlabFile { path, sys, folder, file, direct, ring: false, process };
         slab.check_own().map_err(failed)?;
         slab.ring = options.create && slab.probe_ring();
         Ok(slab)

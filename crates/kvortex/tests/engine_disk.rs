@@ -107,14 +107,16 @@ fn a_slow_disk_is_waited_for_until_the_deadline() {
     let engine = Engine::create(config).unwrap();
     engine.bind(BLOCK, Namespace::from_digest([1; 32])).unwrap();
     assert!(engine.flush(PATIENCE).unwrap());
-    plan.always(Call::Read, Effect::Delay(Duration::from_millis(400)));
+    plan.always(Call::Read, Effect::Delay(Duration::from_millis(900)));
     let start = Instant::now();
     assert_eq!(prefix(&engine, &all), 0);
-    assert!(start.elapsed() < Duration::from_millis(300));
+    assert!(start.elapsed() < Duration::from_millis(800));
     plan.clear();
     // What had begun lands later, and what had not can be asked for again.
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(load(&engine, &all).blocks, 8);
+    while load(&engine, &all).blocks < 8 {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

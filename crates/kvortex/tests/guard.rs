@@ -14,7 +14,7 @@ use kvortex::tier::{Landing, Offer, Put, Tier, TierStats, Want};
 use kvortex::{BlockMask, Keys};
 use kvortex_mem::slots::{SlotClaim, SlotId};
 
-const SHORT: Duration = Duration::from_millis(200);
+const SHORT: Duration = Duration::from_millis(400);
 /// Longer than a first pause.
 const PAUSE: Duration = Duration::from_millis(320);
 

@@ -333,20 +333,20 @@ fn what_was_stored_before_a_reset_is_not_kept_after_it() {
 fn a_slow_disk_holds_nobody_up() {
     let (folder, all, plan) = (Folder::new("slow"), keys(0..8), Arc::new(FaultPlan::default()));
     start(config(&folder), &TWO).keep(&all);
-    let options = Options { deadline: Duration::from_millis(100), ..TWO };
+    let options = Options { deadline: Duration::from_millis(400), ..TWO };
     let again = start(faulty(&folder, &plan), &options);
-    plan.always(Call::Read, Effect::Delay(Duration::from_millis(500)));
-    plan.always(Call::Write, Effect::Delay(Duration::from_millis(500)));
+    plan.always(Call::Read, Effect::Delay(Duration::from_secs(2)));
+    plan.always(Call::Write, Effect::Delay(Duration::from_secs(2)));
     let begun = Instant::now();
     let promotion = again.find(&all).unwrap();
     again.planner.promote(&promotion).unwrap();
     again.store(&keys(100..104));
-    assert!(begun.elapsed() < Duration::from_millis(90), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_millis(390), "{:?}", begun.elapsed());
     ended(&promotion);
-    assert!(promotion.is_late() && begun.elapsed() < Duration::from_millis(200), "{:?}", begun.elapsed());
+    assert!(promotion.is_late() && begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
     let left = Instant::now();
     assert!(!again.planner.leave_below(Duration::from_millis(50)), "a write goes on");
-    assert!(left.elapsed() < Duration::from_millis(200), "{:?}", left.elapsed());
+    assert!(left.elapsed() < Duration::from_secs(1), "{:?}", left.elapsed());
     assert_eq!((again.find(&all).is_none(), again.planner.lower_stats()), (true, None));
 }
 

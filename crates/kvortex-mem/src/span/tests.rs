@@ -385,9 +385,14 @@ fn common_layouts_are_decided_without_listing_their_fragments() {
     let picked = tables.each_ref().map(|segments| segments.iter().map(pick).collect::<Vec<_>>());
     for segments in tables.into_iter().chain(picked) {
         let pages = Pages::new(segments).unwrap();
-        let start = std::time::Instant::now();
-        assert_eq!(pages.first_overlap(), None);
-        assert!(start.elapsed() < std::time::Duration::from_millis(20), "{:?}", start.elapsed());
+        // The quickest of several, since other work may take the processor meanwhile.
+        let quickest = (0..5).map(|_| {
+            let start = std::time::Instant::now();
+            assert_eq!(pages.first_overlap(), None);
+            start.elapsed()
+        });
+        let quickest = quickest.min().unwrap();
+        assert!(quickest < std::time::Duration::from_millis(20), "{quickest:?}");
     }
 }
 

@@ -242,7 +242,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def failures(tree: Path, package: str) -> list[str]:
-    """Names of the tests that fail; a test that hangs or does not compile counts too."""
+    """Names of the tests that fail in the first program that has any; to hang or not to compile counts too."""
     # A defect may loop and allocate without end.
     command = [
         "prlimit",
@@ -251,7 +251,6 @@ def failures(tree: Path, package: str) -> list[str]:
         "test",
         "-q",
         "--locked",
-        "--no-fail-fast",
         "-p",
         package,
         "--lib",

@@ -68,11 +68,11 @@ impl Slab {
         let mut options = SlabOptions::new(folder);
         (options.direct, options.create) = (false, writes);
         let file = SlabFile::open(&options)?;
-        let found = read_super(&file).ok_or_else(|| failed("it was not written by this version of KVortex"))?;
-        let Super { payload_bytes, stored_bytes, segment_slots, .. } = found;
-        let sane = segment_slots > 0 && stored_bytes > 0 && stored_bytes < 1 << 40 && payload_bytes <= stored_bytes;
-        let geometry = Geometry { payload_bytes, stored_bytes, segment_slots };
-        if sane { Ok(Self { file, geometry, found }) } else { Err(failed("its superblock makes no sense").into()) }
+        let unread = |cause| MemError::Disk { path: folder.display().to_string(), cause };
+        let found = read_super(&file).map_err(unread)?;
+        let found = found.ok_or_else(|| failed("it was not written by this version of KVortex"))?;
+        let geometry = Geometry::of(&found).ok_or_else(|| failed("its superblock makes no sense"))?;
+        Ok(Self { file, geometry, found })
     }
 
     fn failed(&self, cause: io::Error) -> MemError {

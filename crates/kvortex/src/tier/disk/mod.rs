@@ -74,7 +74,7 @@ impl DiskTier {
     /// fits.
     pub fn open(config: DiskConfig, arena: &Arc<Arena>, identity: Identity) -> Result<Self> {
         let count = config.folders.len().max(1);
-        has_room(&config, arena, count)?;
+        has_room(&config, arena, identity.world)?;
         let volume = |slab: SlabOptions| {
             let options = VolumeOptions {
                 slab,
@@ -133,15 +133,16 @@ impl DiskTier {
     }
 }
 
-/// Whether a block fits into each of `count` folders.
-fn has_room(config: &DiskConfig, arena: &Arena, count: usize) -> Result<()> {
-    let each = open::usable(config.max_bytes / count as u64);
+/// Whether a block fits into each folder. The cap is told as it was given, for all `world` ranks.
+fn has_room(config: &DiskConfig, arena: &Arena, world: u32) -> Result<()> {
+    let count = config.folders.len().max(1) as u64;
+    let each = open::usable(config.max_bytes / count);
     if Geometry::new(arena.slot_bytes(), arena.stride(), each).segments_in(each) > 0 {
         return Ok(());
     }
-    let (bytes, value) = (arena.slot_bytes(), config.max_bytes.to_string());
-    let remedy =
-        format!("a block of {bytes} bytes does not fit into each of the folders, {count} here: give many times that");
+    let (bytes, folders) = (arena.slot_bytes(), count * u64::from(world));
+    let value = (config.max_bytes * u64::from(world)).to_string();
+    let remedy = format!("a block of {bytes} bytes does not fit into each of {folders} folders: give many times that");
     Err(Error::Config { knob: "disk_size_bytes", value, remedy })
 }
 

@@ -130,6 +130,8 @@ def test_the_command_shows_checks_and_trims(tmp_path, capsys):
     length = file.stat().st_size
     assert main(["disk", "trim", str(folder)]) == 0
     assert file.stat().st_size < length
+    before, after = f"{length / 2**20:.1f} MiB", f"{file.stat().st_size / 2**10:.1f} KiB"
+    assert f"{before} before, {after} now" in capsys.readouterr().out
     assert main(["disk", "stat", str(folder)]) == 0
     assert "blocks          7" in capsys.readouterr().out
     with engine_at(folder) as engine:
@@ -137,3 +139,17 @@ def test_the_command_shows_checks_and_trims(tmp_path, capsys):
     assert main(["disk", "trim", "--size", "64KiB", str(folder)]) == 0
     assert file.stat().st_size <= 64 << 10
     assert main(["disk", "ls", str(tmp_path)]) == 1
+    assert "give a folder of disk_paths" in capsys.readouterr().err
+
+
+def test_the_command_names_the_folders_of_ranks_and_refuses_links(tmp_path, capsys):
+    (tmp_path / "rank-0-of-2").mkdir()
+    (tmp_path / "rank-notes").mkdir()
+    assert main(["disk", "ls", str(tmp_path)]) == 1
+    assert f"give one of its folders, {tmp_path}/rank-0-of-2 say" in capsys.readouterr().err
+    folder, link = tmp_path / "kv", tmp_path / "link"
+    with engine_at(folder) as engine:
+        engine.save_blocks(keys_of(1), data_of(1))
+    link.symlink_to(folder)
+    assert main(["disk", "ls", str(link)]) == 1
+    assert "it is a link or a file" in capsys.readouterr().err

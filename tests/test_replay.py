@@ -140,6 +140,18 @@ def test_what_cannot_be_replayed_is_refused(tmp_path, capsys):
     assert "has no request" in capsys.readouterr().err
     assert main(["bench", "replay", str(tmp_path / "missing")]) == 1
     assert "No such file" in capsys.readouterr().err
-    for words in (["--host", "0"], ["--disk", "x%"], ["--host", "0%"]):
+    (tmp_path / "noise").write_bytes(b"\xff\xfe\n")
+    assert main(["bench", "replay", str(tmp_path / "noise")]) == 1
+    assert "line 1: no request" in capsys.readouterr().err
+    for words in (["--host", "0"], ["--disk", "x%"], ["--host", "0%"], ["--disk", "1e400%"]):
         assert main(["bench", "replay", str(SHIPPED), *words]) == 1
         assert f"{words[0]} {words[1]}: give a number of blocks" in capsys.readouterr().err
+
+
+def test_a_tiny_trace_with_any_numbers_is_replayed(tmp_path, capsys):
+    file = tmp_path / "trace.jsonl"
+    file.write_text(f'{{"hash_ids": [-1, {10**30}]}}\n' * 2)
+    assert main(["bench", "replay", str(file), "--disk", "1000000000"]) == 0
+    host, disk, _ = capsys.readouterr().out.splitlines()[3:]
+    assert host.split()[1:4] == ["1", "0", "25.0%"], "a share is a block at least"
+    assert disk.split()[2:4] == ["1", "16"], "more than all is all"

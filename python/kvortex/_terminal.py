@@ -12,6 +12,14 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
+def size_of(count: int) -> str:
+    """Bytes in the largest unit of which there is one: "3.5 GiB", "512.0 KiB"."""
+    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{count} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
 def picture(text: str) -> Path:
     """The value of `--plot`: a file of a kind that can be drawn."""
     path = Path(text)

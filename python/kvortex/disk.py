@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from kvortex._core import inspect_disk, trim_disk
-from kvortex._terminal import gib
+from kvortex._terminal import size_of
 from kvortex.config import parse_size
 
 DAMAGED = 1
@@ -48,7 +48,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     print(f"{'namespace':<18}{'rank':<8}{'blocks':>10}{'size':>12}  {'oldest':<18}newest")
     for owner in seen["owners"]:
         rank = f"{owner['row']}/{owner['world']}"
-        size = gib(owner["blocks"] * seen["block_bytes"])
+        size = size_of(owner["blocks"] * seen["block_bytes"])
         ages = f"{_day(owner['oldest']):<18}{_day(owner['newest'])}"
         print(f"{owner['namespace'][:16]:<18}{rank:<8}{owner['blocks']:>10}{size:>12}  {ages}")
     return 0
@@ -58,8 +58,8 @@ def _stat(arguments: argparse.Namespace) -> int:
     seen = inspect_disk(arguments.folder)
     facts = {
         "block": f"{seen['block_bytes']} bytes",
-        "file": gib(seen["file_bytes"]),
-        "on the device": gib(seen["taken_bytes"]),
+        "file": size_of(seen["file_bytes"]),
+        "on the device": size_of(seen["taken_bytes"]),
         "opened": f"{seen['openings']} times",
         "places": seen["places"],
         "blocks": _kept(seen),
@@ -83,5 +83,5 @@ def _fsck(arguments: argparse.Namespace) -> int:
 def _trim(arguments: argparse.Namespace) -> int:
     size = None if arguments.size is None else parse_size("--size", arguments.size)
     before, after = trim_disk(arguments.folder, size)
-    print(f"{gib(before)} before, {gib(after)} now")
+    print(f"{size_of(before)} before, {size_of(after)} now")
     return 0

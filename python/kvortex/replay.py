@@ -113,7 +113,8 @@ def main(arguments: argparse.Namespace) -> int:
 def read(path: Path) -> Trace:
     """The requests of a trace. ConfigError, naming the line, for a file of another format."""
     requests = []
-    with path.open(encoding="utf-8") as file:
+    # What is no text is no JSON either, and is told with its line.
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 requests.append(_blocks(path, number, line))
@@ -135,17 +136,18 @@ def _blocks(path: Path, number: int, line: str) -> list[int]:
 
 
 def _count(name: str, text: str, whole: int) -> int:
-    """Blocks from a number or from a share of all different ones."""
+    """Blocks from a number or from a share of all different ones; at least one and never more than all."""
     share = text.removesuffix("%")
     try:
-        count = int(float(share) * whole / 100) if share != text else int(text)
-    except ValueError:
+        part = float(share) * whole / 100 if share != text else int(text)
+        count = max(1, int(part)) if part > 0 else 0
+    except (ValueError, OverflowError):
         count = 0
-    if not 1 <= count < 1 << 31:
+    if count < 1:
         raise kvortex.ConfigError(
             f"--{name} {text}: give a number of blocks, or a share of the different ones such as 5%"
         )
-    return count
+    return min(count, whole)
 
 
 def replay(trace: Trace, tiers: str, host: int, disk: int, admission: str | None) -> Row:
@@ -209,7 +211,7 @@ def _play(engine: kvortex.KVortexEngine, blocks: Sequence[int]) -> int:
 
 
 def _key(block: int) -> bytes:
-    return hashlib.sha256(block.to_bytes(8, "little", signed=True)).digest()
+    return hashlib.sha256(str(block).encode()).digest()
 
 
 def _title(outcome: Outcome) -> str:

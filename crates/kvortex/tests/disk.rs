@@ -159,6 +159,44 @@ fn the_cap_holds_on_the_device_and_when_it_is_lowered() {
 }
 
 #[test]
+fn a_cap_that_is_lowered_below_a_segment_still_keeps_blocks() {
+    let folder = Folder::new("lowered");
+    let world = World::new(64, BLOCK);
+    full(&folder.open(&world, 2000));
+    let tier = folder.open(&world, 16);
+    assert!(full(&tier) >= 12, "{:?}", tier.stats());
+    world.keep(&tier, 0..8);
+    assert_eq!(world.get(&tier, &[0, 7], PATIENCE), [true, true]);
+    assert!(folder.taken() <= tier.stats().max_bytes);
+}
+
+#[test]
+fn a_cap_without_room_for_a_block_is_refused_by_name() {
+    let (folder, world) = (Folder::new("tiny"), World::new(16, BLOCK));
+    let tier = folder.open(&world, 16);
+    world.keep(&tier, 0..8);
+    drop(tier);
+    let config = DiskConfig { max_bytes: 40_000, ..folder.config(16) };
+    let error = DiskTier::open(config, &world.arena, IDENTITY).err().unwrap().to_string();
+    assert!(error.contains("disk_size_bytes cannot be 40000") && error.contains("5000 bytes"), "{error}");
+    let tier = folder.open(&world, 16);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(tier.stats().blocks, 8, "nothing was dropped for it");
+}
+
+#[test]
+fn a_queue_smaller_than_a_block_takes_one() {
+    let folder = Folder::new("narrow");
+    let world = World::new(16, BLOCK);
+    let config = DiskConfig { queue_bytes: 100, ..folder.config(64) };
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
+    for id in 0..4 {
+        world.keep(&tier, [id]);
+    }
+    assert_eq!(tier.stats().written, 4);
+}
+
+#[test]
 fn a_full_queue_drops_at_once() {
     let folder = Folder::new("queue");
     let world = World::new(256, BLOCK);

@@ -123,6 +123,36 @@ fn a_folder_that_is_taken_away_is_made_anew() {
     assert_eq!(world.get(&tier, &[50], PATIENCE), [true]);
 }
 
+#[test]
+fn a_superblock_that_cannot_be_read_now_costs_nothing_that_is_kept() {
+    let (folder, world) = (Folder::new("super"), World::new(64, BLOCK));
+    let tier = folder.open(&world, 32);
+    world.keep(&tier, 0..8);
+    drop(tier);
+    let plan = Arc::new(FaultPlan::default());
+    // The first read is of the probe for direct I/O.
+    plan.set(&[Fault { call: Call::Read, first: 1, count: u64::MAX, effect: Effect::Errno(EIO) }]);
+    assert!(DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).is_err());
+    let tier = folder.open(&world, 32);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.get(&tier, &[0, 7], PATIENCE), [true, true]);
+}
+
+#[test]
+fn a_header_that_cannot_be_read_costs_no_other() {
+    let (folder, world) = (Folder::new("header"), World::new(64, BLOCK));
+    let tier = folder.open(&world, 600);
+    full(&tier);
+    world.keep(&tier, 0..30);
+    drop(tier);
+    let plan = Arc::new(FaultPlan::default());
+    // After the probe and two superblocks: the first headers.
+    plan.set(&[Fault { call: Call::Read, first: 3, count: 1, effect: Effect::Errno(EIO) }]);
+    let tier = DiskTier::open(folder.faulty(600, &plan), &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(tier.stats().recovered, 30);
+}
+
 /// What a child does until it is killed: it puts, reads and lets be evicted, and says what is kept.
 #[test]
 fn child_that_is_killed() {

@@ -216,3 +216,28 @@ fn a_load_into_a_device_is_given_at_once_and_the_next_one_finds_the_rest() {
         blocks = report.blocks;
     }
 }
+
+#[test]
+fn a_disk_that_hangs_is_not_waited_for_again_and_again() {
+    let (folder, all) = (Folder::new("hangs"), keys(0..6));
+    let (engine, plan) = over_a_slow_disk(&folder, &all, Duration::from_millis(100));
+    plan.always(Call::Read, Effect::Delay(Duration::from_secs(6)));
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(1800) {
+        prefix(&engine, &all);
+    }
+    let asked = Instant::now();
+    (0..10).for_each(|_| assert_eq!(prefix(&engine, &all), 0));
+    let waited = asked.elapsed();
+    assert!(waited < Duration::from_millis(250), "ten lookups waited {waited:?} for a disk that gives nothing");
+    assert!(engine.stats().disk.unwrap().tier.failing);
+    plan.clear();
+    // What hung ends by itself, and then the disk is asked again.
+    std::thread::sleep(Duration::from_secs(6));
+    let end = Instant::now() + Duration::from_secs(5);
+    while prefix(&engine, &all) < 6 {
+        assert!(Instant::now() < end, "{:?}", engine.stats().disk);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(!engine.stats().disk.unwrap().tier.failing);
+}

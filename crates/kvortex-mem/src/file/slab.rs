@@ -298,7 +298,7 @@ fn enter(sys: &dyn Sys, at: Option<BorrowedFd<'_>>, name: &CStr, create: bool) -
             _ => {}
         }
     }
-    let folder = sys.open(at, name, libc::O_RDONLY | libc::O_DIRECTORY)?;
+    let folder = sys.open(at, name, libc::O_RDONLY | libc::O_DIRECTORY).map_err(no_folder)?;
     let stat = sys.stat(folder.as_fd())?;
     if stat.st_uid != own_user() {
         return Err(refused("it belongs to another user: give a folder of your own"));
@@ -348,7 +348,17 @@ fn refused(text: &str) -> io::Error {
 
 fn taken(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock {
-        return io::Error::new(error.kind(), "another process uses it: give each engine a folder of its own");
+        return io::Error::new(
+            error.kind(),
+            "another process uses it: end that one, or give each engine a folder of its own",
+        );
+    }
+    error
+}
+
+fn no_folder(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::NotADirectory {
+        return io::Error::new(error.kind(), "it is a link or a file: give the path of a folder itself");
     }
     error
 }

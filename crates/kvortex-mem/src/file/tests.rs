@@ -171,7 +171,8 @@ fn a_folder_has_one_owner_and_no_other_writer() {
     std::fs::set_permissions(&folder.0, std::fs::Permissions::from_mode(0o700)).unwrap();
     let link = folder.0.join("link");
     symlink(&folder.0, &link).unwrap();
-    assert!(SlabFile::open(&SlabOptions::new(&link)).is_err());
+    let linked = SlabFile::open(&SlabOptions::new(&link)).unwrap_err().to_string();
+    assert!(linked.contains("a link or a file"), "{linked}");
     std::fs::remove_file(folder.0.join("v1/blocks")).unwrap();
     symlink("/etc/passwd", folder.0.join("v1/blocks")).unwrap();
     assert!(SlabFile::open(&SlabOptions::new(&folder.0)).is_err());

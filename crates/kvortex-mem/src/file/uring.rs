@@ -21,8 +21,10 @@ const MAX_BUFFERS: usize = 1 << 14;
 const MAX_DEPTH: usize = 256;
 /// Names the read of the event by which the ring's thread is woken.
 const WAKE: u64 = u64::MAX;
-/// How often an operation is tried that the kernel was too busy for.
+/// How often an operation is tried that the kernel was too busy for, and how often in a row it may be too busy for all.
 const MAX_TRIES: u32 = 100;
+/// How long a kernel that is too busy is left alone.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// The engine of a ring.
 pub struct Uring {
@@ -119,6 +121,14 @@ impl Shared {
         unsafe { libc::read(self.wake.as_raw_fd(), (&raw mut count).cast(), 8) };
     }
 
+    /// Returns when the event has come, or an error.
+    fn wait_woken(&self) {
+        let mut event = libc::pollfd { fd: self.wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor of this object, in memory that lives through the call.
+        unsafe { libc::poll(&raw mut event, 1, -1) };
+        self.awake();
+    }
+
     fn wait_idle(&self, patience: Duration) -> bool {
         let end = Instant::now() + patience;
         let mut queue = self.queue.lock();
@@ -167,6 +177,8 @@ struct Driver {
     /// What a test wants to end with an error, as if the kernel had said so.
     refused: Vec<(usize, i32)>,
     armed: bool,
+    /// How often in a row the kernel was too busy.
+    busy: u32,
 }
 
 // SAFETY: the raw pointers are into memory that any thread may use and that the operations own.
@@ -183,6 +195,7 @@ impl Driver {
             unsubmitted: VecDeque::new(),
             refused: Vec::new(),
             armed: false,
+            busy: 0,
         }
     }
 
@@ -311,12 +324,18 @@ impl Driver {
         let outcome = entered.and_then(|()| self.ring.submitter().submit_and_wait(want));
         let left = self.ring.submission().len();
         self.unsubmitted.drain(..self.unsubmitted.len() - left);
-        match outcome {
-            Ok(_) => Ok(()),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => Ok(()),
-                _ => Err(error),
-            },
+        let Err(error) = outcome else {
+            self.busy = 0;
+            return Ok(());
+        };
+        match error.raw_os_error() {
+            Some(libc::EINTR) => Ok(()),
+            Some(libc::EAGAIN | libc::EBUSY) if self.busy < MAX_TRIES => {
+                self.busy += 1;
+                thread::sleep(BUSY_PAUSE);
+                Ok(())
+            }
+            _ => Err(error),
         }
     }
 
@@ -395,7 +414,7 @@ impl Driver {
             let next = self.shared.queue.lock().pop();
             match next {
                 Some(op) => self.carry_out(op),
-                None => thread::sleep(Duration::from_millis(1)),
+                None => self.shared.wait_woken(),
             }
         }
     }

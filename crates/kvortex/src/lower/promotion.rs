@@ -100,6 +100,9 @@ pub(super) struct Ascent {
 impl Drop for Promotion {
     fn drop(&mut self) {
         self.release();
+        // Nobody asks any more. Kept, they would keep those that they waited for, and so on.
+        let others = std::mem::take(&mut self.wave.progress.lock().others);
+        drop(others);
     }
 }
 
@@ -247,7 +250,12 @@ impl Landing for Arrival {
 impl Drop for Arrival {
     fn drop(&mut self) {
         drop(self.writing.take());
-        self.coming.lock().remove(&self.key);
+        // From here on somebody else may bring it, and be in the list.
+        let mut coming = self.coming.lock();
+        if coming.get(&self.key).is_some_and(|wave| Arc::ptr_eq(wave, &self.wave)) {
+            coming.remove(&self.key);
+        }
+        drop(coming);
         self.wave.ended();
     }
 }
@@ -264,7 +272,9 @@ pub(super) fn wants(below: &Below, ascent: &Ascent, most: usize) -> Vec<Want> {
     {
         let mut progress = wave.progress.lock();
         progress.left += places.len();
-        progress.others = others;
+        if progress.held.is_some() {
+            progress.others = others;
+        }
     }
     let batch = Arc::new(Batch {
         counts: Arc::clone(&below.counts),

@@ -141,3 +141,24 @@ fn a_closed_desk_takes_nothing_and_says_so() {
     lower.start(&promotion);
     assert!(!promotion.is_pending());
 }
+
+#[test]
+fn promotions_that_follow_each_other_closely_do_not_keep_each_other() {
+    let (lower, fake) = lower(16);
+    let key = |i: u32| {
+        let mut key = [7; KEY_BYTES];
+        key[..4].copy_from_slice(&i.to_le_bytes());
+        key
+    };
+    let mut before: Option<Promotion> = None;
+    for i in 0..100_000 {
+        let next = lower.find(Keys::from_slices(&[key(i), key(i + 1)]), Reach::Each).expect("it seems to be there");
+        lower.below.begin(next.start());
+        // The one before has ended only now, so this one waits for it.
+        let own = fake.wanted.lock().split_off(usize::from(i > 0));
+        std::mem::replace(&mut *fake.wanted.lock(), own).into_iter().for_each(|want| want.landing.land());
+        before.replace(next);
+    }
+    // As a list it would be longer than a stack is deep.
+    drop(before);
+}

@@ -8,6 +8,8 @@ pub(super) const START: u64 = 2 * HEADER_BYTES as u64;
 /// Segments are about this long: the step in which a file grows.
 const SEGMENT_BYTES: u64 = 256 << 20;
 const MAX_SEGMENT_SLOTS: u64 = 4096;
+/// With fewer segments than this in a cap that was lowered, too much of it would stay unused.
+const FEW_SEGMENTS: u32 = 4;
 
 /// The places of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,12 +33,23 @@ impl Geometry {
         Self { payload_bytes, stored_bytes, segment_slots: slots }
     }
 
-    /// That of a file that is there, if its blocks have the same size.
+    /// That of a file that is there, if its blocks have the same size and its segments are not too long for `max_bytes`.
     #[must_use]
-    pub(super) fn adopt(self, found: &Super) -> Option<Self> {
-        let same = found.payload_bytes == self.payload_bytes && found.stored_bytes == self.stored_bytes;
-        let sane = (1..=MAX_SEGMENT_SLOTS as u32).contains(&found.segment_slots);
-        (same && sane).then_some(Self { segment_slots: found.segment_slots, ..self })
+    pub(super) fn adopt(self, found: &Super, max_bytes: u64) -> Option<Self> {
+        let other = Self::of(found)?;
+        let same = (other.payload_bytes, other.stored_bytes) == (self.payload_bytes, self.stored_bytes);
+        let enough = self.segments_in(max_bytes).min(FEW_SEGMENTS);
+        (same && other.segments_in(max_bytes) >= enough).then_some(other)
+    }
+
+    /// What a superblock says, if that makes sense.
+    #[must_use]
+    pub(super) fn of(found: &Super) -> Option<Self> {
+        let &Super { payload_bytes, stored_bytes, segment_slots, .. } = found;
+        let sane = (1..=MAX_SEGMENT_SLOTS as u32).contains(&segment_slots)
+            && (1..1 << 40).contains(&stored_bytes)
+            && payload_bytes <= stored_bytes;
+        sane.then_some(Self { payload_bytes, stored_bytes, segment_slots })
     }
 
     /// Bytes of a segment.

@@ -10,6 +10,7 @@ use kvortex_mem::file::{Scratch, SlabFile, SlabOptions, digest};
 use super::geometry::Geometry;
 use super::header::{Common, Found, HEADER_BYTES, Header, Super, decode, identity_of};
 use super::open::read_super;
+use super::worlds;
 use crate::error::Result;
 use crate::tier::Identity;
 
@@ -58,21 +59,20 @@ struct Slab {
 impl Slab {
     /// `writes` locks the folder as an engine does and may change it.
     fn open(folder: &Path, writes: bool) -> Result<Self> {
-        let failed = |text: &str| MemError::Disk {
-            path: folder.display().to_string(),
-            cause: io::Error::new(io::ErrorKind::InvalidData, text),
-        };
-        if !folder.join("v1/blocks").exists() {
-            return Err(failed("it has no file v1/blocks: give a folder of disk_paths").into());
+        let unread = |cause| MemError::Disk { path: folder.display().to_string(), cause };
+        let failed = |text: &str| unread(io::Error::new(io::ErrorKind::InvalidData, text));
+        match folder.join("v1/blocks").try_exists() {
+            Ok(true) => {}
+            Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => return Err(unread(cause).into()),
+            _ => return Err(failed(&format!("it has no file v1/blocks: give {}", instead_of(folder))).into()),
         }
         let mut options = SlabOptions::new(folder);
         (options.direct, options.create) = (false, writes);
         let file = SlabFile::open(&options)?;
-        let found = read_super(&file).ok_or_else(|| failed("it was not written by this version of KVortex"))?;
-        let Super { payload_bytes, stored_bytes, segment_slots, .. } = found;
-        let sane = segment_slots > 0 && stored_bytes > 0 && stored_bytes < 1 << 40 && payload_bytes <= stored_bytes;
-        let geometry = Geometry { payload_bytes, stored_bytes, segment_slots };
-        if sane { Ok(Self { file, geometry, found }) } else { Err(failed("its superblock makes no sense").into()) }
+        let found = read_super(&file).map_err(unread)?;
+        let found = found.ok_or_else(|| failed("it was not written by this version of KVortex"))?;
+        let geometry = Geometry::of(&found).ok_or_else(|| failed("its superblock makes no sense"))?;
+        Ok(Self { file, geometry, found })
     }
 
     fn failed(&self, cause: io::Error) -> MemError {
@@ -107,6 +107,14 @@ impl Slab {
     fn wipe(&self, slot: u32) -> Result<()> {
         let written = self.file.write_now(&Scratch::new(HEADER_BYTES), self.geometry.header_at(slot));
         Ok(written.map_err(|cause| self.failed(cause))?)
+    }
+}
+
+/// What to name where a folder has no file of its own: one of those for the ranks, if it has them.
+fn instead_of(folder: &Path) -> String {
+    match worlds::ranks_in(folder).into_iter().min() {
+        Some(rank) => format!("one of its folders, {} say", folder.join(rank).display()),
+        None => "a folder of disk_paths".to_owned(),
     }
 }
 

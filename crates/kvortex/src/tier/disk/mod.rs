@@ -18,10 +18,11 @@ use kvortex_mem::file::{IoOptions, SlabOptions};
 
 pub use admission::Admission;
 use admission::Gate;
+use geometry::Geometry;
 pub use inspect::{Contents, Kept, inspect, trim};
 use volume::{Volume, VolumeOptions, add};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::{BlockKey, Keys};
 use crate::mask::BlockMask;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
@@ -69,14 +70,17 @@ impl DiskTier {
     /// Opens the folders. What they kept before is found in the background.
     ///
     /// # Errors
-    /// [`Error::Mem`](crate::Error::Mem) for a folder that cannot be used, with the reason.
+    /// [`Error::Mem`](crate::Error::Mem) for a folder that cannot be used, with the reason; [`Error::Config`] where not one block
+    /// fits.
     pub fn open(config: DiskConfig, arena: &Arc<Arena>, identity: Identity) -> Result<Self> {
         let count = config.folders.len().max(1);
+        has_room(&config, arena, identity.world)?;
         let volume = |slab: SlabOptions| {
             let options = VolumeOptions {
                 slab,
                 max_bytes: config.max_bytes / count as u64,
-                queue_bytes: config.queue_bytes / count,
+                // Or nothing would ever be written.
+                queue_bytes: (config.queue_bytes / count).max(arena.stride()),
                 io: config.io,
             };
             Volume::open(options, arena, identity)
@@ -127,6 +131,19 @@ impl DiskTier {
             }
         }
     }
+}
+
+/// Whether a block fits into each folder. The cap is told as it was given, for all `world` ranks.
+fn has_room(config: &DiskConfig, arena: &Arena, world: u32) -> Result<()> {
+    let count = config.folders.len().max(1) as u64;
+    let each = open::usable(config.max_bytes / count);
+    if Geometry::new(arena.slot_bytes(), arena.stride(), each).segments_in(each) > 0 {
+        return Ok(());
+    }
+    let (bytes, folders) = (arena.slot_bytes(), count * u64::from(world));
+    let value = (config.max_bytes * u64::from(world)).to_string();
+    let remedy = format!("a block of {bytes} bytes does not fit into each of {folders} folders: give many times that");
+    Err(Error::Config { knob: "disk_size_bytes", value, remedy })
 }
 
 impl Tier for DiskTier {

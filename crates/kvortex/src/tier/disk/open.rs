@@ -38,7 +38,8 @@ pub(super) fn open(options: &VolumeOptions, arena: &Arc<Arena>, identity: Identi
 /// than it may be is cut, so that the cap holds from here on.
 fn shape(file: &SlabFile, options: &VolumeOptions, arena: &Arena) -> io::Result<(Geometry, Option<Super>)> {
     let local = Geometry::new(arena.slot_bytes(), arena.stride(), usable(options.max_bytes));
-    let found = read_super(file).and_then(|found| local.adopt(&found).map(|geometry| (geometry, found)));
+    let adopt = |found: Super| local.adopt(&found, usable(options.max_bytes)).map(|geometry| (geometry, found));
+    let found = read_super(file)?.and_then(adopt);
     let (len, _) = file.size()?;
     match found {
         Some((geometry, found)) => {
@@ -65,12 +66,19 @@ pub(super) fn usable(max_bytes: u64) -> u64 {
     max_bytes.saturating_sub(max_bytes / 1024 + (32 << 10))
 }
 
-/// The newer of the two superblocks that are whole.
-pub(super) fn read_super(file: &SlabFile) -> Option<Super> {
+/// The newer of the two superblocks that are whole. That neither can be read now is an error: the file may be sound.
+pub(super) fn read_super(file: &SlabFile) -> io::Result<Option<Super>> {
     let mut scratch = Scratch::new(HEADER_BYTES);
-    let mut read = |offset| file.read_now(&mut scratch, offset).ok().and_then(|()| Super::decode(&scratch));
-    let both = [read(0), read(HEADER_BYTES as u64)];
-    both.into_iter().flatten().max_by_key(|found| found.sequence)
+    let mut read = |offset| match file.read_now(&mut scratch, offset) {
+        Ok(()) => Ok(Super::decode(&scratch)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error),
+    };
+    match [read(0), read(HEADER_BYTES as u64)] {
+        [Ok(one), Ok(other)] => Ok([one, other].into_iter().flatten().max_by_key(|found| found.sequence)),
+        [Ok(Some(found)), Err(_)] | [Err(_), Ok(Some(found))] => Ok(Some(found)),
+        [Err(error), _] | [_, Err(error)] => Err(error),
+    }
 }
 
 /// Writes the superblock twice; a power cut between leaves one of them.
@@ -138,16 +146,23 @@ pub(super) fn scan(opened: &Opened, stop: &dyn Fn() -> bool) {
     opened.scanning.store(false, Ordering::Relaxed);
 }
 
-/// What stands at `count` places of one segment. What cannot be read is nothing: its places are written anew.
+/// What stands at `count` places of one segment. What cannot be read is nothing: its place is written anew.
 fn headers(opened: &Opened, common: &Common, first: u32, count: u32) -> Vec<Found> {
     let mut scratch = Scratch::new(count as usize * HEADER_BYTES);
     match opened.file.read_now(&mut scratch, opened.geometry.header_at(first)) {
         Ok(()) => {
             (first..).zip(scratch.chunks_exact(HEADER_BYTES)).map(|(slot, bytes)| decode(common, slot, bytes)).collect()
         }
+        // One that cannot be read costs no other.
+        Err(_) if count > 1 => {
+            let half = count / 2;
+            let mut found = headers(opened, common, first, half);
+            found.extend(headers(opened, common, first + half, count - half));
+            found
+        }
         Err(error) => {
-            log::debug!("{}: headers from {first} on cannot be read: {error}", opened.file.path().display());
-            vec![Found::Bad; count as usize]
+            log::debug!("{}: header {first} cannot be read: {error}", opened.file.path().display());
+            vec![Found::Bad]
         }
     }
 }

@@ -15,7 +15,7 @@ use super::open;
 use crate::error::Result;
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Condvar, Mutex, Ordering};
-use crate::tier::guard::breaker::{Breaker, Turn};
+use crate::tier::guard::breaker::{Breaker, STUCK, Turn};
 use crate::tier::{Identity, Landing, Offer, TierStats, Want};
 
 /// Read faults in a row after which nothing is read for a while.
@@ -48,6 +48,7 @@ pub(super) struct Volume {
     pub(super) changed: Condvar,
     pub(super) writes: Mutex<Breaker>,
     pub(super) reads: Mutex<Breaker>,
+    reading: Mutex<Reading>,
     /// Of flushes and of making the folder anew; nothing waits for it.
     pub(super) upkeep: Mutex<Breaker>,
     pub(super) counts: Counts,
@@ -78,6 +79,36 @@ struct Read {
     entry: Entry,
     asked: Instant,
     from: Arc<Opened>,
+}
+
+/// Reads that have not ended.
+#[derive(Default)]
+struct Reading {
+    count: usize,
+    /// When the first of them was asked for or the last one came.
+    since: Option<Instant>,
+}
+
+impl Reading {
+    fn begin(&mut self, count: usize) {
+        if self.count == 0 {
+            self.since = Some(Instant::now());
+        }
+        self.count += count;
+    }
+
+    /// One has ended; `told` if the device said how.
+    fn end(&mut self, told: bool) {
+        self.count -= 1;
+        if told {
+            self.since = Some(Instant::now());
+        }
+    }
+
+    /// Whether nothing comes of what was asked for.
+    fn is_stuck(&self) -> bool {
+        self.count > 0 && self.since.is_some_and(|since| since.elapsed() > STUCK)
+    }
 }
 
 /// A block that waits to be written.
@@ -132,6 +163,7 @@ impl Volume {
             changed: Condvar::new(),
             writes: Mutex::new(Breaker::new(1)),
             reads: Mutex::new(Breaker::new(READ_PATIENCE)),
+            reading: Mutex::default(),
             upkeep: Mutex::new(Breaker::new(1)),
             counts: Counts::default(),
             off: AtomicBool::new(false),
@@ -156,9 +188,18 @@ impl Volume {
         self.options.slab.folder.display().to_string()
     }
 
-    /// Whether it would be read.
+    /// Whether it would be read. While it hangs nobody is to wait for it, nor to have a slot held for what has not begun.
     fn is_readable(&self) -> bool {
-        !self.is_off() && self.reads.lock().is_open()
+        if self.is_off() {
+            return false;
+        }
+        if self.reading.lock().is_stuck() {
+            self.opened().io.expire();
+            let turn = self.reads.lock().trip();
+            self.tell(turn, "read in time");
+            return false;
+        }
+        self.reads.lock().is_open()
     }
 
     pub(super) fn contains(&self, keys: impl Iterator<Item = BlockKey>, mut found: impl FnMut(usize)) {
@@ -263,6 +304,7 @@ impl Volume {
                 }
             }
         }
+        self.reading.lock().begin(ops.len());
         opened.io.submit(ops);
         rest
     }
@@ -284,6 +326,7 @@ impl Volume {
 
     /// A read has ended. Only bytes with the digest that the entry had when it was written land.
     fn arrived(self: &Arc<Self>, read: &Read, landing: Box<dyn Landing>, result: io::Result<()>) {
+        self.reading.lock().end(!matches!(&result, Err(error) if never_begun(error)));
         match result {
             Ok(()) => {
                 self.told(&self.reads, true, "read");
@@ -312,14 +355,14 @@ impl Volume {
     fn unread(self: &Arc<Self>, read: &Read, error: &io::Error) {
         let Read { key, entry, from, asked } = read;
         match error.kind() {
-            io::ErrorKind::TimedOut => {
+            io::ErrorKind::TimedOut if never_begun(error) => {
                 add(&self.counts.late, 1);
                 // One that was not given the time says nothing of the disk.
                 if asked.elapsed() > SLOW && self.reads.lock().is_stuck() {
                     self.told(&self.reads, false, "read in time");
                 }
             }
-            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::Interrupted if never_begun(error) => {}
             _ => {
                 add(&self.counts.errors, 1);
                 self.told(&self.reads, false, &format!("read ({error})"));
@@ -345,6 +388,10 @@ impl Volume {
     /// Counts a success or fault, and says so if that is news.
     pub(super) fn told(&self, breaker: &Mutex<Breaker>, well: bool, what: &str) {
         let turn = if well { breaker.lock().success() } else { breaker.lock().fault() };
+        self.tell(turn, what);
+    }
+
+    fn tell(&self, turn: Turn, what: &str) {
         match turn {
             Turn::Same => {}
             Turn::Failing => log::warn!("{} cannot be {what}: it goes on without, and tries again", self.path()),
@@ -373,7 +420,13 @@ impl Volume {
         };
         drop(dropped);
         opened.index.lock().clear();
-        let lasting = open::write_super(&opened).or_else(|_| opened.file.cut(0));
+        let emptied = |_| -> io::Result<()> {
+            opened.file.cut(0)?;
+            // Without one, what is kept from now on would not be found again.
+            let _ = open::write_super(&opened);
+            Ok(())
+        };
+        let lasting = open::write_super(&opened).or_else(emptied);
         if let Err(error) = lasting {
             self.off.store(true, Ordering::Relaxed);
             log::warn!("{} could not be cleared and is not used any more: {error}; remove its v1 folder", self.path());
@@ -441,8 +494,14 @@ impl Volume {
         stats.recovered += read(&opened.recovered) as usize;
         stats.scanning |= opened.scanning.load(Ordering::Relaxed);
         let failing = |breaker: &Mutex<Breaker>| breaker.lock().is_failing();
-        stats.failing |= self.is_off() || [&self.writes, &self.reads, &self.upkeep].into_iter().any(failing);
+        stats.failing |= self.is_off() || self.reading.lock().is_stuck();
+        stats.failing |= [&self.writes, &self.reads, &self.upkeep].into_iter().any(failing);
     }
+}
+
+/// Whether this process ended it, and the system was not even asked.
+fn never_begun(error: &io::Error) -> bool {
+    error.raw_os_error().is_none() && matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
 }
 
 impl Opened {

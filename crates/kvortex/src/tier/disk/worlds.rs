@@ -1,6 +1,7 @@
 //! A disk tier for each rank's row, in the same folders.
 
 use std::fs;
+use std::path::Path;
 
 use kvortex_mem::arena::Arena;
 use kvortex_mem::file::{SlabFile, SlabOptions};
@@ -56,16 +57,22 @@ impl DiskConfig {
     }
 }
 
+/// Names of folders for ranks' rows in the user's.
+pub(super) fn ranks_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    folders.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| is_rank(name)).collect()
+}
+
+fn is_rank(name: &str) -> bool {
+    let numbers = name.strip_prefix(RANK).and_then(|rest| rest.split_once("-of-"));
+    numbers.is_some_and(|(row, world)| row.parse::<u32>().is_ok() && world.parse::<u32>().is_ok())
+}
+
 /// What has a file in this folder that none of `world` rows uses.
 fn others(slab: &SlabOptions, world: u32) -> Vec<SlabOptions> {
     let own: Vec<_> = (0..world).filter_map(|row| folder_of(row, world)).collect();
-    let names = fs::read_dir(&slab.folder).into_iter().flatten().flatten();
-    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-    names
-        .filter_map(|name| match name.as_str() {
-            "v1" if world > 1 => Some(slab.clone()),
-            _ if name.starts_with(RANK) && !own.contains(&name) => Some(slab.clone().inside(&name)),
-            _ => None,
-        })
-        .collect()
+    let ranks = ranks_in(&slab.folder).into_iter().filter(|name| !own.contains(name));
+    let alone = (world > 1 && slab.folder.join("v1").exists()).then(|| slab.clone());
+    alone.into_iter().chain(ranks.map(|name| slab.clone().inside(&name))).collect()
 }

@@ -154,6 +154,7 @@ fn sync(volume: &Volume, opened: &Opened) {
     match opened.file.sync() {
         Ok(()) => volume.told(&volume.upkeep, true, "flushed"),
         Err(error) => {
+            opened.dirty.store(true, Ordering::Relaxed);
             add(&volume.counts.errors, 1);
             volume.told(&volume.upkeep, false, &format!("flushed ({error})"));
         }

@@ -4,8 +4,11 @@ use std::time::{Duration, Instant};
 
 /// The pause after a first fault; it doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const STUCK: Duration = Duration::from_secs(1);
+/// From what nothing comes for so long, that hangs.
+pub(crate) const STUCK: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// What fails now and then, this often at least, is told of as one failure.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// One kind of operation. After `patience` faults in a row it pauses, then one try decides.
 #[derive(Debug)]
@@ -15,6 +18,9 @@ pub(crate) struct Breaker {
     pause: Duration,
     until: Option<Instant>,
     last_success: Option<Instant>,
+    /// The log says that it fails.
+    told: bool,
+    last_fault: Option<Instant>,
 }
 
 /// What became of a fault or success, for the log.
@@ -32,7 +38,8 @@ impl Breaker {
     /// One that pauses after `patience` faults in a row.
     #[must_use]
     pub(crate) const fn new(patience: u32) -> Self {
-        Self { patience, faults: 0, pause: FIRST_PAUSE, until: None, last_success: None }
+        let pause = FIRST_PAUSE;
+        Self { patience, faults: 0, pause, until: None, last_success: None, told: false, last_fault: None }
     }
 
     /// Whether to try.
@@ -61,11 +68,13 @@ impl Breaker {
 
     /// A try failed.
     pub(crate) fn fault(&mut self) -> Turn {
-        self.faults += 1;
+        self.last_fault = Some(Instant::now());
+        self.faults = self.faults.saturating_add(1);
         if self.faults < self.patience {
             return Turn::Same;
         }
-        let turn = if self.until.is_none() { Turn::Failing } else { Turn::Same };
+        let turn = if self.told { Turn::Same } else { Turn::Failing };
+        self.told = true;
         // Those that began before the pause do not lengthen it.
         if self.is_open() {
             self.until = Some(Instant::now() + self.pause);
@@ -74,11 +83,19 @@ impl Breaker {
         turn
     }
 
-    /// A try succeeded.
+    /// It hangs: a fault that needs no others.
+    pub(crate) fn trip(&mut self) -> Turn {
+        self.faults = self.faults.max(self.patience);
+        self.fault()
+    }
+
+    /// A try succeeded. That it has recovered is told when it has gone well for a while.
     pub(crate) fn success(&mut self) -> Turn {
-        let turn = if self.until.is_some() { Turn::Recovered } else { Turn::Same };
-        *self = Self { last_success: Some(Instant::now()), ..Self::new(self.patience) };
-        turn
+        let last_fault = self.last_fault;
+        let recovered = self.told && last_fault.is_none_or(|last| last.elapsed() >= QUIET);
+        let told = self.told && !recovered;
+        *self = Self { last_success: Some(Instant::now()), told, last_fault, ..Self::new(self.patience) };
+        if recovered { Turn::Recovered } else { Turn::Same }
     }
 }
 
@@ -92,8 +109,13 @@ mod tests {
         assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Same, true));
         assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Failing, false));
         assert_eq!(breaker.fault(), Turn::Same);
-        assert_eq!((breaker.success(), breaker.is_open()), (Turn::Recovered, true));
+        assert_eq!((breaker.success(), breaker.is_open()), (Turn::Same, true));
+        breaker.fault();
+        assert_eq!((breaker.fault(), breaker.is_open()), (Turn::Same, false));
+        breaker.last_fault = Instant::now().checked_sub(QUIET);
+        assert_eq!(breaker.success(), Turn::Recovered);
         assert_eq!(breaker.success(), Turn::Same);
+        assert_eq!((breaker.trip(), breaker.is_open()), (Turn::Failing, false));
     }
 
     #[test]

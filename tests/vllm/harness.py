@@ -304,7 +304,7 @@ class Run:
             self._reset(rng.random() < 0.3)
         elif rng.random() < 0.06:
             self.scheduler.reset_prefix_cache()
-        elif rng.random() < 0.02:
+        elif rng.random() < 0.01:
             self._forget()
         self.device.pass_time()
 

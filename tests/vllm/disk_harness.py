@@ -26,6 +26,15 @@ class DiskOptions(Options):
     """Documents are those of every life with the same seed; the schedule is another one."""
     keeps_disk: bool = True
     """Whether the disk is used on after a reset, which a real engine does not: so its emptying is seen."""
+    is_late: bool = False
+    """Whether the disk answers when it likes: in time, when nobody waits any more, or never."""
+
+
+DEADLINE_S = 0.1
+"""How long a request waits for a disk that may be late: some steps."""
+GRACE_S = 0.1
+LATEST = (0.2, 0.9, 3.0, 10.0)
+"""Its answers, in deadlines."""
 
 
 class SlowPromotion:
@@ -44,6 +53,39 @@ class SlowPromotion:
         while self.real.pending:
             pass
         return False
+
+    def __len__(self):
+        return len(self.real)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+class LatePromotion:
+    """A promotion whose blocks all come at once, some time after they were asked for, whoever waits for them then."""
+
+    def __init__(self, real, keys, device):
+        self.real, self.keys, self._device = real, keys, device
+        self.seconds = device.rng.choice((None, 0.0, 0.0, 1e9))
+        self.until = self.lands = 0.0
+        self.has_landed = self.is_released = False
+
+    def start(self):
+        rng, now = self._device.rng, self._device.now
+        self.until = now + DEADLINE_S
+        self.lands = now + rng.random() * rng.choice(LATEST) * DEADLINE_S if rng.random() < 0.9 else float("inf")
+
+    @property
+    def pending(self):
+        return self._device.now < self.until and not self.has_landed
+
+    @property
+    def late(self):
+        return self._device.now >= self.until and not self.has_landed
+
+    def release(self):
+        self.is_released = True
+        self.real.release()
 
     def __len__(self):
         return len(self.real)
@@ -84,6 +126,40 @@ class DiskPlanner:
         return getattr(self.real, name)
 
 
+class LatePlanner(DiskPlanner):
+    """Its disk answers late, between any two questions of the scheduler's side."""
+
+    def __init__(self, real, device):
+        super().__init__(real, device.rng)
+        self._device = device
+        self._coming = []
+        self.landed = {"landed": 0, "landed late": 0, "landed for nobody": 0}
+
+    def poll(self):
+        self._land()
+        return super().poll()
+
+    def find_below(self, keys):
+        found = self.real.find_below(keys)
+        return None if found is None else LatePromotion(found, keys, self._device)
+
+    def promote(self, promotion):
+        promotion.start()
+        self._coming.append(promotion)
+
+    def _land(self):
+        now = self._device.now
+        for promotion in [one for one in self._coming if one.lands <= now]:
+            self._coming.remove(promotion)
+            self.real.promote(promotion.real)
+            while promotion.real.pending:
+                pass
+            promotion.has_landed = True
+            self.landed["landed"] += 1
+            self.landed["landed late"] += promotion.lands >= promotion.until
+            self.landed["landed for nobody"] += promotion.is_released
+
+
 class DiskRun(Run):
     """One life of an engine with a disk in ``folder``."""
 
@@ -105,8 +181,12 @@ class DiskRun(Run):
         # Loads by layers are given what was stored, and some of these slots were filled from the disk.
         self.side._hooks = None
         side = self.scheduler.connector._scheduler
-        self.planner = side._planner = DiskPlanner(side._planner, self.rng)
-        side._disk._planner = side._disk.promotions._planner = self.planner
+        if self.options.is_late:
+            self.planner = LatePlanner(side._planner, self.device)
+            side._disk.promotions._held_s = DEADLINE_S + GRACE_S
+        else:
+            self.planner = DiskPlanner(side._planner, self.rng)
+        side._planner = side._disk._planner = side._disk.promotions._planner = self.planner
         if self.options.keeps_disk:
             side._disk.leave = lambda _: side._disk.promotions.clear()
 
@@ -121,6 +201,9 @@ class DiskRun(Run):
     def _drain(self):
         super()._drain()
         self.disk = self.scheduler.connector._scheduler.stats()
+        assert self.disk["promotions"]["waiting"] == 0
+        if self.options.is_late:
+            self.disk["landed"] = self.planner.landed
 
     def end(self):
         """The engine ends, and another one may open the folder."""

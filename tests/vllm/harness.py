@@ -61,6 +61,8 @@ class Options:
     store_failures: float = 0.0
     layout: str = "NHD"
     shape: str = "one group"
+    drafter: tuple[workers.Drafter, ...] = (workers.Drafter.BEFORE_SAVING, workers.Drafter.AFTER_HOOKS)
+    """What the connector counts on where one computes last; the second is right everywhere."""
     late: float = 0.0
     """How often nothing is kept in a step, as before all ranks are there."""
 
@@ -186,6 +188,9 @@ class Run:
             block_size=BLOCK,
         )
         self._watch(self.scheduler.connector._scheduler)
+        self.forgotten: dict[str, set[int]] = {}
+        """The blocks that each request has had since the connector was made to forget everything."""
+        self._watch_pool(self.scheduler.kv_cache_manager.block_pool)
         self._make_worker(caches)
 
     def _configure(self, config):
@@ -203,9 +208,36 @@ class Run:
     def _watch(self, side):
         """Reaches into the scheduler's side."""
         self.planner, self.tables, self.groups = side._planner, side._tables, side._tables._groups
-        if self.options.late:
-            plan = side._plan_store
-            side._plan_store = lambda full: None if self.rng.random() < self.options.late else plan(full)
+        plan = side._plan_store
+
+        def plan_store(full):
+            if self.options.late and self.rng.random() < self.options.late:
+                return None
+            before = [(tracked, tracked.offered) for tracked, *_ in full]
+            store = plan(full)
+            for tracked, offered in before:
+                if tracked.offered != offered:
+                    self._check_age(tracked.request.request_id, tracked.local)
+            return store
+
+        side._plan_store = plan_store
+
+    def _check_age(self, name, own):
+        """Of a request whose blocks are stored. The first ``own`` are from the engine's cache, which is its affair."""
+        if self.forgotten.get(name, set()) & self._blocks_of(name, own):
+            raise Wrong(f"{name} was computed or loaded before everything was forgotten, and is stored")
+
+    def _watch_pool(self, pool):
+        """A block that is given out anew holds nothing from before."""
+        give = pool.get_new_blocks
+
+        def given(count):
+            blocks = give(count)
+            for before in self.forgotten.values():
+                before.difference_update(block.block_id for block in blocks)
+            return blocks
+
+        pool.get_new_blocks = given
 
     def _make_worker(self, caches):
         options = self.options
@@ -222,6 +254,8 @@ class Run:
         self.mover = StreamMover(self.side._mover, self.device, views, scratch, faults, self.counts)
         self.side._mover = self.mover
         self.worker = ModelRunner(self.connector, self.shape, self.mover, self.order, self.counts, self.requests)
+        if self.worker.drafts_late:
+            self.side._hooks, self.side._drafter = None, self.rng.choice(options.drafter)
 
     def _make_scratch(self):
         """As many blocks in host memory that no engine uses, of the same layout."""
@@ -270,7 +304,20 @@ class Run:
             self._reset(rng.random() < 0.3)
         elif rng.random() < 0.06:
             self.scheduler.reset_prefix_cache()
+        elif rng.random() < 0.01:
+            self._forget()
         self.device.pass_time()
+
+    def _forget(self):
+        """Everything is forgotten while requests go on with what they have, as when weights change under them."""
+        self.counts.resets += 1
+        self.scheduler.reset_prefix_cache(reset_connector=True)
+        self.scheduler.kv_cache_manager.block_pool.evict_blocks(set(range(1, self.blocks)))
+        self.forgotten = {name: self._blocks_of(name) for name in self.scheduler.requests}
+
+    def _blocks_of(self, name, first=0):
+        tables = self.scheduler.kv_cache_manager.get_block_ids(name)
+        return {block for table in tables for block in table[first:] if block}
 
     def _reset(self, reset_connector):
         self.counts.resets += 1

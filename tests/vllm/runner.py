@@ -81,6 +81,8 @@ class ModelRunner:
         self.connector, self.shape, self.views, self.order = connector, shape, mover.views, order
         self.device, self.compute, self.counts, self.requests = mover.device, mover.compute, counts, requests
         self.tables: dict[str, list[list[int]]] = {}
+        self.drafts_late = shape.drafter is not None and not order.is_v2
+        """Whether the drafter computes when only ``wait_for_save`` is still to come."""
         self.drafted: dict[str, int] = {}
         """The position of each request that was computed with a drafted token behind it."""
         # One engine in four has a layer that never calls its hook, as a drafter's.
@@ -123,10 +125,16 @@ class ModelRunner:
         if loads_late:
             connector.start_load_kv(context, **more)
         self.device.pass_time()
-        if is_step or order.saves_when_empty:
+        drafts_late = is_step and self.drafts_late
+        if (is_step or order.saves_when_empty) and not drafts_late:
             connector.wait_for_save()
         self.device.pass_time()
-        return self._output(out, sampled)
+        output = self._output(out, sampled)
+        if drafts_late:
+            self._compute([layer for layer in self.shape.layers if layer.group == self.shape.drafter])
+            connector.wait_for_save()
+        connector.clear_connector_metadata()
+        return output
 
     def _fence(self, out):
         if self.order.fences_every_step:
@@ -157,7 +165,6 @@ class ModelRunner:
         output.kv_cache_events = connector.get_kv_connector_kv_cache_events()
         if NEW:
             output.kv_connector_worker_meta = connector.build_connector_worker_meta()
-        connector.clear_connector_metadata()
         names = list(out.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=names,
@@ -176,16 +183,22 @@ class ModelRunner:
         drafter = self.shape.drafter
         batches = [Batch(rows, group, window, group == drafter) for group, window in enumerate(self.shape.windows)]
         self.counts.passed += sum(bool(batch.first.any()) for batch in batches)
-        for layer in self.shape.layers:
-            hooks = has_hooks and layer in self.hooked
+        self.batches = batches
+        now = [layer for layer in self.shape.layers if not (self.drafts_late and layer.group == drafter)]
+        self._compute(now, context if has_hooks else None)
+        return sampled
+
+    def _compute(self, layers, context=None):
+        """Enqueues layers, with their hooks if there is a context."""
+        for layer in layers:
+            hooks = context is not None and layer in self.hooked
             if hooks:
                 self.connector.wait_for_layer_load(layer.name)
-            self.compute.put(partial(self._attend, layer, batches[layer.group]))
+            self.compute.put(partial(self._attend, layer, self.batches[layer.group]))
             if hooks:
                 self.connector.save_kv_layer(layer.name, None, context.attn_metadata)
             self.device.pass_time()
         self.counts.furthest_behind = max(self.counts.furthest_behind, len(self.compute))
-        return sampled
 
     def _rows(self, out):
         computed = {new.req_id: new.num_computed_tokens for new in out.scheduled_new_reqs}

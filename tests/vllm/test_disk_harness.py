@@ -1,11 +1,12 @@
 """Random schedules with a disk below: whatever was kept, spoiled or lost there, no position is ever read wrong."""
 
 import logging
+from collections import Counter
 
 import disk_files
 import harness
 import pytest
-from disk_harness import DiskOptions, DiskRun
+from disk_harness import DiskOptions, DiskRun, LatePromotion
 from harness import FITTING, NEW, Wrong
 from test_harness import LOSSES, ORDERS_OF_GROUPS, SEEDS
 
@@ -13,6 +14,7 @@ from kvortex.vllm import disk as disks
 
 MODES = {"sync": {"load_mode": "sync"}, "async": {"load_mode": "async", **LOSSES}}
 LIVES = max(2, SEEDS // 5)
+SHAPES_OF_LATE = ["one group", "one window", "uneven"] if NEW else ["one group"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,29 @@ def test_no_position_is_ever_wrong_with_a_disk(config, model_folder, tmp_path, o
     assert totals["declined"] > LIVES
     assert totals["resets"] > LIVES
     assert totals["corrupt"] == 0
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", FITTING)
+def test_no_position_is_ever_wrong_when_the_disk_is_late(config, model_folder, tmp_path, order, mode, record_property):
+    totals = Counter()
+    for seed in range(LIVES):
+        for life in range(2):
+            shape = SHAPES_OF_LATE[seed % len(SHAPES_OF_LATE)] if order in ORDERS_OF_GROUPS else "one group"
+            more = {"shape": shape, "keeps_disk": bool(seed % 2), "is_late": True, **MODES[mode]}
+            options = DiskOptions(seed, order=order, life=life, steps=200, **more)
+            counts, disk = live(model_folder, config, tmp_path / str(seed), options)
+            totals.update(add({}, counts, disk) | disk["landed"])
+            totals["waited in vain"] += disk["promotions"]["late"]
+    record_property("totals", str(totals))
+    print(f"\n{order} {mode}: {totals}")
+    assert totals["finished"] == totals["requests"]
+    assert totals["disk_hit_tokens"] > 50 * LIVES
+    assert totals["resets"] > LIVES
+    assert totals["waited in vain"] > LIVES
+    assert totals["landed"] > totals["landed late"] > LIVES
+    assert totals["landed for nobody"] > LIVES
 
 
 @pytest.mark.skipif(not NEW, reason="with a connector this vLLM has one group")
@@ -120,3 +145,63 @@ def test_a_layout_that_is_left_out_of_the_name_is_noticed(config, model_folder, 
                 assert life == 1
                 wrong += 1
     assert (wrong > 0) == defect
+
+
+# Planted defects, which only a disk that is late shows.
+
+
+def promises_what_was_asked_for(run, monkeypatch):
+    """Blocks that were asked for count as there, and what is there is loaded."""
+    asked, room, lease, targets = {}, [], run.tables.lease, run.tables.targets
+    promote = run.planner.promote
+
+    def note(promotion):
+        promote(promotion)
+        blocks = next(count for count in range(10_000) if promotion.among(count) == len(promotion))
+        asked[promotion.keys[:32]] = blocks
+
+    def more(planner, hashes, first, most):
+        hit, leased = lease(planner, hashes, first, most)
+        room[:] = [len(leased)]
+        return (max(hit, min(most, first + asked.get(hashes[:32], 0))) if len(leased) else hit), leased
+
+    monkeypatch.setattr(run.planner, "promote", note)
+    monkeypatch.setattr(run.tables, "lease", more)
+    monkeypatch.setattr(run.tables, "targets", lambda *rest: targets(*rest)[: room[0]])
+
+
+def waits_as_long_as_it_takes(run, monkeypatch):
+    monkeypatch.setattr(LatePromotion, "pending", property(lambda promotion: not promotion.has_landed))
+    monkeypatch.setattr(run.scheduler.connector._scheduler._disk.promotions, "_held_s", float("inf"))
+
+
+def holds_blocks_for_ever(run, monkeypatch):
+    run.kept = []
+    monkeypatch.setattr(LatePromotion, "release", lambda promotion: run.kept.append(promotion))
+
+
+PLANTED = {
+    "promises what was asked for": (promises_what_was_asked_for, "reads wrong KV"),
+    "waits as long as it takes": (waits_as_long_as_it_takes, "requests never end"),
+    "holds blocks for ever": (holds_blocks_for_ever, "'leased_blocks': "),
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("defect", PLANTED)
+def test_a_defect_that_shows_when_the_disk_is_late_is_noticed(config, model_folder, tmp_path, monkeypatch, defect):
+    plant, message = PLANTED[defect]
+    logging.disable(logging.CRITICAL)
+    for seed in range(20):
+        run = DiskRun(model_folder, DiskOptions(seed, steps=120, is_late=True), config, tmp_path / str(seed))
+        with monkeypatch.context() as patch:
+            plant(run, patch)
+            try:
+                run.go()
+            except AssertionError as error:
+                if message in str(error):
+                    return
+                raise
+            finally:
+                run.end()
+    pytest.fail(f"nobody noticed that it {defect}")

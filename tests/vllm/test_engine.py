@@ -34,7 +34,12 @@ if not OLD:
 
 
 def run(model, options, environment):
-    command = [sys.executable, str(RUN), str(model), json.dumps(options)]
+    return run_file(RUN, model, options, environment)
+
+
+def run_file(file, model, options, environment):
+    """What an engine found in a process of its own, and what it said."""
+    command = [sys.executable, str(file), str(model), json.dumps(options)]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
     )

@@ -13,6 +13,7 @@ from streams import LATER, LOAD, STORE
 
 from kvortex import BlockGroups
 from kvortex.vllm.metadata import Store
+from kvortex.vllm.worker import Drafter
 
 # Taken out of the environment, where the connector takes it for a knob that it does not know.
 SEEDS = int(os.environ.pop("KVORTEX_VLLM_SEEDS", "20"))
@@ -357,6 +358,10 @@ def stores_before_the_token_behind_is_certain(run, monkeypatch):
     monkeypatch.setattr(run.scheduler.connector._scheduler, "_behind", lambda tracked, tokens: 0)
 
 
+def stores_before_a_drafter_has_computed(run, monkeypatch):
+    monkeypatch.setattr(run.side, "_drafter", Drafter.NONE)
+
+
 def forgets_which_requests_failed(run, monkeypatch):
     monkeypatch.setattr(run.side, "take_failed", list)
 
@@ -369,6 +374,7 @@ PLANTED_IN_GROUPS = {
     "loads into the blocks of another group": (loads_into_the_blocks_of_another_group, "five to one", {}),
     "promises what one group has": (promises_what_one_group_has, "uneven", {}),
     "stores a drafter's end too early": (stores_before_the_token_behind_is_certain, "with a drafter", {}),
+    "stores before a drafter has computed": (stores_before_a_drafter_has_computed, "with a drafter", {}),
     "forgets which requests failed": (forgets_which_requests_failed, "equal groups", MODES["async"]),
 }
 

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
@@ -17,7 +18,7 @@ from kvortex.vllm.identity import EngineIdentity, check_hashes, identify
 from kvortex.vllm.metadata import KVortexMetadata
 from kvortex.vllm.scheduler import SchedulerSide
 from kvortex.vllm.stats import HIT_SOURCE, KVortexPromMetrics, KVortexStats
-from kvortex.vllm.worker import WorkerSide
+from kvortex.vllm.worker import Drafter, WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,10 @@ when it sleeps. Before, 0.15.1 was seen to do none of it."""
 
 ASKS_SCHEDULER = (0, 32, 0)
 """Tested from here on: the scheduler's numbers are asked for in each step. Before, only if a rank has some."""
+
+
+SAVES_LAST = hasattr(KVConnectorModelRunnerMixin, "finalize_kv_connector")
+"""Whether every model runner calls ``wait_for_save`` after a drafter's pass. Before, it came after the model's."""
 
 
 def _log_as_vllm_does() -> None:
@@ -257,7 +262,7 @@ class KVortexConnector(KVConnectorBase_V1):
         if device != "none" and self._vllm.speculative_config is None:
             # A drafter's layers run with their hooks in some steps and inside a graph in others.
             hooks = layouts.layer_hooks(self._layout, kv_caches, cache)
-        self._worker = WorkerSide(mover, cache, hooks)
+        self._worker = WorkerSide(mover, cache, hooks, _drafter(self._vllm))
 
     def handle_preemptions(self, arg: Any) -> None:
         """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
@@ -336,6 +341,13 @@ def _rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def _drafter(vllm_config: Any) -> Drafter:
+    """When one computes that may have a part of each block."""
+    if vllm_config.speculative_config is None:
+        return Drafter.NONE
+    return Drafter.BEFORE_SAVING if SAVES_LAST else Drafter.AFTER_HOOKS
 
 
 def _refuse(vllm_config: Any, version: tuple[int, int, int]) -> None:

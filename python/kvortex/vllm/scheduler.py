@@ -75,7 +75,7 @@ class _Tracked:
         self.loads = wishes.load
         """Whether to look for its blocks: not again after a load of them failed."""
         self.keeps = wishes.store
-        """Whether its blocks may be stored: not those computed before a reset."""
+        """Whether its blocks may be stored: not those computed or loaded before a reset."""
         self.looked_up = False
         """Whether its first lookup has been counted."""
         self.loaded = 0
@@ -228,7 +228,8 @@ class SchedulerSide:
         given = self._under_way[ticket] = _Given(tracked, len(targets), num_external_tokens, promoted)
         given.count(1)
         if tracked.background:
-            tracked.loading = ticket
+            # From now on, as its blocks: what it had computed before is gone, and a reset may come before it runs.
+            tracked.loading, tracked.keeps = ticket, tracked.wishes.store
             self._unreported.add(request.request_id)
             self._held[request.request_id] = tracked.local + count
             self._announce(tracked, ticket, len(targets))
@@ -270,9 +271,10 @@ class SchedulerSide:
             if new is not None:
                 ids = self._tables.listed(new)
                 if name in resumed:
-                    # The table is new, and everything in it was computed or found since.
-                    tracked.blocks, tracked.keeps = ids, tracked.wishes.store
-                    self._held.pop(name, None)
+                    # The table is new, and everything in it was computed or found since, or loaded beside the steps.
+                    tracked.blocks = ids
+                    if self._held.pop(name, None) is None:
+                        tracked.keeps = tracked.wishes.store
                     tracked.start_over(self._block_tokens)
                     step.written.extend(self._tables.beyond(ids, tracked.local))
                 else:
@@ -311,12 +313,12 @@ class SchedulerSide:
         return left
 
     def reset(self) -> int:
-        """Forgets every block and returns how many there were. What running requests have computed is never kept."""
+        """Forgets every block and returns how many there were. What requests have computed or loaded is never kept."""
         for tracked in self._offers:
             self._end_lease(tracked)
         self._offers.clear()
-        for tracked in self._tracked.values():
-            tracked.keeps = tracked.keeps and not tracked.blocks
+        for name, tracked in self._tracked.items():
+            tracked.keeps = tracked.keeps and not tracked.blocks and name not in self._held
         forgotten = self._planner.reset()
         if self._disk is not None:
             self._disk.leave(FORGOTTEN)

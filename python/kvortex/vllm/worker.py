@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from kvortex import Parts
@@ -13,9 +14,17 @@ if TYPE_CHECKING:
     from kvortex.vllm.layers import LayerHooks
     from kvortex.vllm.metadata import KVortexMetadata, Load
 
-__all__ = ["WorkerSide"]
+__all__ = ["Drafter", "WorkerSide"]
 
 log = logging.getLogger("kvortex.vllm")
+
+
+class Drafter(Enum):
+    """When a drafter, whose layers have a part of each block, computes in a step."""
+
+    NONE = "there is none"
+    BEFORE_SAVING = "before wait_for_save"
+    AFTER_HOOKS = "when all hooks of the step have been called"
 
 
 class WorkerSide:
@@ -23,11 +32,14 @@ class WorkerSide:
 
     The order that matters is kept here: before the engine or a load writes blocks of this step, unfinished stores that
     read them are put first; loads inside the step come before the forward pass, or each layer's part before that
-    layer; stores come after it.
+    layer; stores come after it, and after a drafter's.
     """
 
-    def __init__(self, mover: RankMover, cache: PagedCache, hooks: LayerHooks | None = None) -> None:
+    def __init__(
+        self, mover: RankMover, cache: PagedCache, hooks: LayerHooks | None = None, drafter: Drafter = Drafter.NONE
+    ) -> None:
         """Without ``hooks`` loads inside a step are awaited as a whole."""
+        self._drafter = drafter
         self._mover = mover
         self._cache = cache
         self._hooks = hooks
@@ -41,7 +53,7 @@ class WorkerSide:
     def begin(self, step: KVortexMetadata) -> None:
         """A step begins; called again for the same step it does nothing."""
         if step is not self._step:
-            self.end()
+            self._close()
             self._step = step
             self._fenced = self._loaded = self._stored = False
             if self._hooks is not None:
@@ -96,7 +108,11 @@ class WorkerSide:
             self._hooks.computes(layer)
 
     def store(self) -> None:
-        """After the forward pass: starts to store the blocks that it filled."""
+        """After the forward pass: starts to store the blocks that it filled, unless a drafter may still write them."""
+        if self._drafter is not Drafter.AFTER_HOOKS:
+            self._store()
+
+    def _store(self) -> None:
         step = self._step
         if step is None or self._stored:
             return
@@ -113,11 +129,19 @@ class WorkerSide:
                 log.exception("store %d did not start; its blocks are not kept", step.store.ticket)
 
     def end(self) -> None:
-        """The step is over: what no hook has started starts now."""
+        """The pass is over: what no hook has started starts now, but for stores that come after a drafter."""
+        if self._drafter is Drafter.NONE:
+            self._close()
+        else:
+            self._check_promises()
+            self.load()
+
+    def _close(self) -> None:
+        """Nothing of the step is computed any more."""
         if self._step is not None:
             self._check_promises()
             self.load()
-            self.store()
+            self._store()
             self._step = None
 
     def _check_promises(self) -> None:
@@ -154,5 +178,5 @@ class WorkerSide:
 
     def shutdown(self) -> None:
         """Waits for the copies under way."""
-        self.end()
+        self._close()
         self._mover.shutdown()

@@ -1,3 +1,5 @@
+mod late;
+
 use super::*;
 use crate::eviction::Watermarks;
 use crate::mask::BlockMask;

@@ -47,10 +47,9 @@ class Tables:
         ahead = [index for index, group in enumerate(groups) if group.looks_ahead]
         self.ahead = len(ahead) > 0
         """Whether a block is good only together with the token behind it."""
-        self._groups: BlockGroups | None = None
-        """None for the one group of most models, which has every block."""
-        if len(groups) > 1 or self._windows or ahead:
-            self._groups = BlockGroups(block_tokens, [group.window for group in groups], ahead)
+        self._groups = BlockGroups(block_tokens, [group.window for group in groups], ahead)
+        self._is_whole = len(groups) == 1 and not self._windows and not ahead
+        """Whether there is the one group of most models, which has every block."""
 
     def listed(self, ids: Sequence[list[int]]) -> list[int]:
         """The blocks of vLLM's tables, or of what was added to them, in one list."""
@@ -70,7 +69,7 @@ class Tables:
 
         ``hashes`` name the blocks from ``first`` on.
         """
-        if self._groups is not None:
+        if not self._is_whole:
             return planner.lease_groups(self._groups, hashes, first, most)
         lease = planner.lease_prefix(hashes)
         return first + len(lease), lease
@@ -80,7 +79,7 @@ class Tables:
 
         With one group whoever looks for the keys below sees for himself how far they go.
         """
-        if self._groups is None:
+        if self._is_whole:
             return hashes, len(hashes) // KEY * self._block_tokens
         hit, keys = planner.reach_groups(self._groups, hashes, first, most) or (0, b"")
         return keys, max(0, hit - first) * self._block_tokens
@@ -93,7 +92,7 @@ class Tables:
         """Blocks of a lease on ``offered`` blocks of tokens that the first ``count`` take; 0 if those need others."""
         if count == offered:
             return len(lease)
-        return count if self._groups is None else 0
+        return count if self._is_whole else 0
 
     def kept(self, blocks: list[int], first: int, end: int, computed: int) -> list[int]:
         """What may be stored of the blocks from ``first`` to ``end`` in a step that begins with ``computed`` tokens.
@@ -110,19 +109,11 @@ class Tables:
 
     def keys(self, hashes: bytes) -> list[bytes]:
         """The packed keys of each group's blocks with these hashes."""
-        if self._groups is None:
-            return [hashes]
         return [self._groups.keys(group, hashes) for group in range(self._count)]
 
-    def plan_store(self, planner: RankPlanner, hashes: bytes, blocks: array[int], terms: Terms) -> Store | None:
+    def plan_store(self, planner: RankPlanner, hashes: bytes, blocks: list[int], terms: Terms) -> Store | None:
         """Plans to store what is not there of ``blocks``, which have these hashes, on ``terms``."""
-        if self._groups is None:
-            planned = planner.plan_store(hashes, terms=terms)
-            if planned is None:
-                return None
-            ticket, positions, slots = planned
-            return Store(ticket, slots, block_ids(blocks[at] for at in array("I", positions)))
-        planned = planner.plan_store_groups(self._groups, hashes, blocks.tobytes(), terms=terms)
+        planned = planner.plan_store_groups(self._groups, hashes, block_ids(blocks).tobytes(), terms=terms)
         if planned is None:
             return None
         ticket, stored, slots = planned

@@ -56,12 +56,19 @@ class KeySource:
         if not same:
             keys.packed, known = b"", 0
         fresh = hashes[known:]
-        if fresh and self._are_digests(fresh):
-            added = self._identify(fresh, request.lora_request)
-            if added:
-                keys.packed += added
-                keys.last = fresh[-1]
+        if added := self.keys(fresh, request.lora_request):
+            keys.packed += added
+            keys.last = fresh[-1]
         return same
+
+    def keys(self, hashes: list[bytes], lora_request: Any) -> bytes:
+        """The packed keys of hashed blocks; none while nobody knows what adapter they were computed with."""
+        if not hashes or not self._are_digests(hashes):
+            return b""
+        if lora_request is None:
+            return b"".join(hashes)
+        digest = self._adapters.digest(lora_request)
+        return b"" if digest is None else b"".join(hashlib.sha256(digest + one).digest() for one in hashes)
 
     def _are_digests(self, fresh: list[bytes]) -> bool:
         if len(fresh[0]) != KEY and not self._refused:
@@ -80,13 +87,6 @@ class KeySource:
                     "them for the next start, set PYTHONHASHSEED to the same number for every start"
                 )
         return not self._refused
-
-    def _identify(self, fresh: list[bytes], lora_request: Any) -> bytes:
-        """The keys of hashed blocks; none while nobody knows what adapter they were computed with."""
-        if lora_request is None:
-            return b"".join(fresh)
-        digest = self._adapters.digest(lora_request)
-        return b"" if digest is None else b"".join(hashlib.sha256(digest + one).digest() for one in fresh)
 
 
 def root_is_fixed() -> bool:

@@ -17,6 +17,8 @@ from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 from kvortex.vllm.stats import Ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvortex import Lease, RankPlanner
     from kvortex.vllm.disk import DiskSide
     from kvortex.vllm.events import EventSource
@@ -30,6 +32,9 @@ log = logging.getLogger("kvortex.vllm")
 
 DRAIN_S = 10.0
 """How long copies under way are waited for before the engine sleeps."""
+
+NEVER = 1 << 62
+"""More tokens than any request has."""
 
 
 class _Tracked:
@@ -47,14 +52,13 @@ class _Tracked:
         "loads",
         "local",
         "looked_up",
-        "next_full",
         "offered",
         "promoted",
         "request",
         "wishes",
     )
 
-    def __init__(self, request: Any, block_tokens: int, wishes: params.Wishes) -> None:
+    def __init__(self, request: Any, wishes: params.Wishes) -> None:
         self.request = request
         self.wishes = wishes
         self.keys = RequestKeys()
@@ -62,8 +66,6 @@ class _Tracked:
         """As ``Tables`` lists them."""
         self.offered = 0
         """Blocks, from the first, that a plan to store has had."""
-        self.next_full = block_tokens
-        """Tokens at which the next block is full."""
         self.local = 0
         """Blocks that the engine's own cache had at the last lookup."""
         self.hit = 0
@@ -82,10 +84,6 @@ class _Tracked:
         """Tokens that it was given, but for those whose load failed."""
         self.promoted = 0
         """Those of them that came from the disk for it."""
-
-    def start_over(self, block_tokens: int) -> None:
-        """Offers all its blocks again."""
-        self.offered, self.next_full = 0, block_tokens
 
 
 @dataclass(slots=True)
@@ -106,6 +104,9 @@ class _Given:
 
 _Filled = tuple[_Tracked, int, int]
 """A request that fills a block in a step, its tokens before the step, and after it."""
+
+_Run = tuple[_Tracked, int, bytes]
+"""Blocks of a request that are stored: the first one's place, and the packed keys."""
 
 
 class SchedulerSide:
@@ -132,6 +133,8 @@ class SchedulerSide:
         self._block_tokens = layout.block_tokens
         self._tables = Tables(layout.groups, layout.block_tokens)
         self._tracked: dict[str, _Tracked] = {}
+        self._next_full: dict[str, int] = {}
+        """Tokens at which the next block of each of them is full."""
         self._offers: list[_Tracked] = []
         self._step = KVortexMetadata()
         self._running = 0
@@ -238,18 +241,18 @@ class SchedulerSide:
         """The plans of the step that was just scheduled."""
         step, self._step = self._step, KVortexMetadata()
         full: list[_Filled] = []
+        written: list[int] = []
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is None:
                 continue
-            tracked.blocks = self._tables.listed(new.block_ids)
-            self._held.pop(new.req_id, None)
-            step.written.extend(self._tables.beyond(tracked.blocks, tracked.local))
+            written += self._begin(tracked, new.req_id, new.block_ids)
             tokens = new.num_computed_tokens + scheduled[new.req_id]
-            if tokens >= tracked.next_full:
+            if tokens >= self._next_full[new.req_id]:
                 full.append((tracked, new.num_computed_tokens, tokens))
-        self._go_on(output.scheduled_cached_reqs, scheduled, step, full)
+        self._go_on(output.scheduled_cached_reqs, scheduled, written, full)
+        step.written.extend(written)
         self._running = len(scheduled)
         if full:
             step.store = self._plan_store(full)
@@ -261,28 +264,35 @@ class SchedulerSide:
         self._poll()
         return step
 
-    def _go_on(self, cached: Any, scheduled: dict[str, int], step: KVortexMetadata, full: list[_Filled]) -> None:
-        """Takes in what requests that ran before were given; for hundreds of them in every step."""
-        all_tracked, resumed = self._tracked, cached.resumed_req_ids
+    def _go_on(self, cached: Any, scheduled: dict[str, int], written: list[int], full: list[_Filled]) -> None:
+        """Takes in what requests that ran before were given. Of hundreds of them few are given a block, or fill one."""
+        next_full = self._next_full
         for name, new, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
-            tracked = all_tracked.get(name)
+            tokens = computed + scheduled[name]
+            if new is None and tokens < next_full.get(name, NEVER):
+                continue
+            tracked = self._tracked.get(name)
             if tracked is None:
                 continue
             if new is not None:
-                ids = self._tables.listed(new)
-                if name in resumed:
+                if name in cached.resumed_req_ids:
                     # The table is new, and everything in it was computed or found since, or loaded beside the steps.
-                    tracked.blocks = ids
-                    if self._held.pop(name, None) is None:
+                    if name not in self._held:
                         tracked.keeps = tracked.wishes.store
-                    tracked.start_over(self._block_tokens)
-                    step.written.extend(self._tables.beyond(ids, tracked.local))
+                    self._start_over(tracked)
+                    written += self._begin(tracked, name, new)
                 else:
-                    tracked.blocks.extend(ids)
-                    step.written.extend(ids)
-            tokens = computed + scheduled[name]
-            if tokens >= tracked.next_full:
+                    ids = self._tables.listed(new)
+                    tracked.blocks += ids
+                    written += ids
+            if tokens >= next_full[name]:
                 full.append((tracked, computed, tokens))
+
+    def _begin(self, tracked: _Tracked, name: str, ids: Sequence[list[int]]) -> list[int]:
+        """The request runs with a table of its own; returns the blocks in it that it writes."""
+        tracked.blocks = self._tables.listed(ids)
+        self._held.pop(name, None)
+        return self._tables.beyond(tracked.blocks, tracked.local)
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.
@@ -293,6 +303,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(name, None)
         if tracked is None:
             return False, None
+        del self._next_full[name]
         self._held.pop(name, None)
         self._end_lease(tracked)
         if self._disk is not None:
@@ -366,16 +377,25 @@ class SchedulerSide:
             self._ledger.ignored(ignored.values, ignored.keys)
             self._mortal |= wishes.ttl_ms is not None
             self._particular |= wishes.is_particular
-            tracked = self._tracked[request.request_id] = _Tracked(request, self._block_tokens, wishes)
+            tracked = self._tracked[request.request_id] = _Tracked(request, wishes)
+            self._start_over(tracked)
         return tracked
+
+    def _start_over(self, tracked: _Tracked) -> None:
+        """Offers all its blocks, again if it is not new."""
+        tracked.offered = 0
+        self._next_full[tracked.request.request_id] = self._block_tokens
 
     def _keys_of(self, tracked: _Tracked) -> bytes:
         """The packed keys of the request's full blocks, as far as the engine has named them."""
         if not self._source.extend(tracked.keys, tracked.request):
-            tracked.start_over(self._block_tokens)
+            self._start_over(tracked)
+        self._check_keys()
+        return tracked.keys.packed
+
+    def _check_keys(self) -> None:
         if self._disk is not None:
             self._disk.check(self._source.survives_restart)
-        return tracked.keys.packed
 
     def _is_ready(self) -> bool:
         """Whether every rank has the memory that plans count on; until then nothing is promised."""
@@ -435,43 +455,50 @@ class SchedulerSide:
     def _plan_store(self, full: list[_Filled]) -> Store | None:
         if not self._is_ready():
             return None
-        keys: list[bytes] = []
-        blocks = block_ids()
-        runs: list[tuple[_Tracked, int]] = []
-        for tracked, computed, tokens in full:
-            packed = self._keys_of(tracked)
-            first, behind = tracked.offered, self._behind(tracked, tokens)
-            done = tokens // self._block_tokens - behind
-            end = min(done, len(packed) // KEY, self._tables.length(tracked.blocks))
-            if not tracked.keeps or done <= first:
-                tracked.next_full = (max(end, first) + 1 + behind) * self._block_tokens
-            elif end > first:
-                keys.append(packed[first * KEY : end * KEY])
-                runs.append((tracked, first))
-                blocks.extend(self._tables.kept(tracked.blocks, first, end, computed))
-                tracked.offered, tracked.next_full = end, (end + 1 + behind) * self._block_tokens
-        if not keys:
+        runs, blocks = self._named(full)
+        self._check_keys()
+        if not runs:
             return None
-        terms = self._terms(runs, keys) if self._particular else []
-        store = self._tables.plan_store(self._planner, b"".join(keys), blocks, terms)
+        hashes = b"".join([keys for _, _, keys in runs])
+        terms = self._terms(runs) if self._particular else []
+        store = self._tables.plan_store(self._planner, hashes, blocks, terms)
         if self._events is not None:
             described = (
                 (tracked.request, packed, first, group)
-                for (tracked, first), run in zip(runs, keys, strict=True)
-                for group, packed in enumerate(self._tables.keys(run))
+                for tracked, first, keys in runs
+                for group, packed in enumerate(self._tables.keys(keys))
             )
             self._events.planned(store.ticket if store is not None else None, described)
         return store
+
+    def _named(self, full: list[_Filled]) -> tuple[list[_Run], list[int]]:
+        """What has a name now and was not offered yet, and its blocks as ``Tables`` lists them."""
+        runs: list[_Run] = []
+        blocks: list[int] = []
+        for tracked, computed, tokens in full:
+            request, first = tracked.request, tracked.offered
+            hashes = request.block_hashes
+            if len(hashes) <= first:
+                # An engine that schedules ahead names a block when it knows the last token in it: in the next step.
+                continue
+            behind = self._behind(tracked, tokens) if self._tables.ahead else 0
+            end = min(tokens // self._block_tokens - behind, len(hashes), self._tables.length(tracked.blocks))
+            if tracked.keeps and end > first and (keys := self._source.keys(hashes[first:end], request.lora_request)):
+                runs.append((tracked, first, keys))
+                blocks += self._tables.kept(tracked.blocks, first, end, computed)
+                tracked.offered = end
+            self._next_full[request.request_id] = (max(first, end) + 1 + behind) * self._block_tokens
+        return runs, blocks
 
     def _behind(self, tracked: _Tracked, tokens: int) -> int:
         """Full blocks that are not stored yet: the last one while tokens are generated, where a drafter's layers look
         ahead. What they keep of its end is computed again when the drafted token behind it is rejected.
         """
-        return int(self._tables.ahead and tokens > tracked.request.num_prompt_tokens)
+        return int(tokens > tracked.request.num_prompt_tokens)
 
     @staticmethod
-    def _terms(runs: list[tuple[_Tracked, int]], keys: list[bytes]) -> params.Terms:
-        wished = ((len(run) // KEY, tracked.wishes) for (tracked, _), run in zip(runs, keys, strict=True))
+    def _terms(runs: list[_Run]) -> params.Terms:
+        wished = ((len(keys) // KEY, tracked.wishes) for tracked, _, keys in runs)
         return params.terms(wished, _now_ms())
 
     def _end_lease(self, tracked: _Tracked) -> None:

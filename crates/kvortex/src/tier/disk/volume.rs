@@ -121,6 +121,7 @@ pub(super) struct Queued {
 #[derive(Default)]
 pub(super) struct WriteQueue {
     pub(super) offers: VecDeque<Queued>,
+    /// Of what waits or is being written, but for what is not wanted any more.
     pub(super) keys: HashSet<BlockKey>,
     /// Of offers that wait or are being written.
     pub(super) bytes: usize,
@@ -269,8 +270,11 @@ impl Volume {
         let mut queue = self.queue.lock();
         let dropped = if queue.closed || queue.era != era {
             queue.bytes -= batch.len() * self.arena.stride();
-            for offer in &batch {
-                queue.keys.remove(&offer.key);
+            // After a clear they are those of others.
+            if queue.era == era {
+                for offer in &batch {
+                    queue.keys.remove(&offer.key);
+                }
             }
             batch
         } else {
@@ -399,11 +403,14 @@ impl Volume {
         }
     }
 
-    /// Forgets one block and wipes it.
+    /// Forgets one block and wipes it, now or, if it is on its way, when it has come.
     pub(super) fn remove(self: &Arc<Self>, key: &BlockKey) -> bool {
         let opened = self.opened();
+        let mut queue = self.queue.lock();
+        let on_its_way = queue.keys.remove(key);
         let forgotten = opened.index.lock().forget(key, None);
-        forgotten.inspect(|&slot| self.wipe(&opened, slot)).is_some()
+        drop(queue);
+        forgotten.inspect(|&slot| self.wipe(&opened, slot)).is_some() || on_its_way
     }
 
     /// Forgets all for good: entries of the file's old identity are never believed again.

@@ -24,6 +24,9 @@ const SHEETS: usize = 3;
 const TICK: Duration = Duration::from_millis(250);
 /// A device without room is asked again this often.
 const RETRY: Duration = Duration::from_secs(1);
+/// A file system keeps this much for others, or this share of it if it is a small one: a cap may be larger than it is.
+const SPARED: u64 = 1 << 30;
+const SPARED_SHARE: u64 = 20;
 /// What is written is made to survive a power cut this often.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 
@@ -137,7 +140,8 @@ impl Keeper {
         if self.full.is_some_and(|since| since.elapsed() < RETRY) {
             return false;
         }
-        match opened.file.grow(geometry.file_bytes(segments + 1)) {
+        let grown = leaves_enough(opened).and_then(|()| opened.file.grow(geometry.file_bytes(segments + 1)));
+        match grown {
             Ok(()) => {
                 if self.full.take().is_some() {
                     log::info!("{}: there is room again", volume.path());
@@ -153,6 +157,17 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Whether another segment leaves the file system what others need. One that does not tell is believed to have it.
+fn leaves_enough(opened: &Opened) -> io::Result<()> {
+    let Ok((left, all)) = opened.file.left() else { return Ok(()) };
+    let spared = (all / SPARED_SHARE).min(SPARED);
+    if left >= opened.geometry.segment_bytes().saturating_add(spared) {
+        return Ok(());
+    }
+    let text = format!("its file system has {left} bytes left, of which {spared} are for others");
+    Err(io::Error::new(io::ErrorKind::StorageFull, text))
 }
 
 fn sync(volume: &Volume, opened: &Opened) {

@@ -119,7 +119,9 @@ impl DiskTier {
         if self.volumes.iter().any(|volume| volume.knows(key)) {
             return (Put::Present, None);
         }
-        if !self.gate.lock().admits(key) {
+        // Without room it is not asked: what it admits it takes for new the next time.
+        let room = rooms.iter().any(|room| *room >= bytes);
+        if room && !self.gate.lock().admits(key) {
             add(&self.refused, 1);
             return (Put::Refused, None);
         }

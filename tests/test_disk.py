@@ -168,7 +168,10 @@ def test_the_command_can_be_interrupted(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", "from kvortex.cli import main; main()", "disk", "stat", str(folder)]
     )
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(3) == -signal.SIGINT
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(3) == -signal.SIGINT
+    finally:
+        process.kill()

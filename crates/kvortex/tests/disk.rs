@@ -29,6 +29,21 @@ fn it_keeps_the_contract_by_threads_and_by_a_ring() {
 }
 
 #[test]
+fn where_one_of_several_folders_is_missing_the_others_are_left_as_they_are() {
+    let (one, two, world) = (Folder::new("there"), Folder::new("missing"), World::new(64, BLOCK));
+    let tier = one.open(&world, 64);
+    world.keep(&tier, 0..4);
+    drop(tier);
+    std::fs::write(&two.path, "in the way").unwrap();
+    let before = std::fs::read(one.blocks_file()).unwrap();
+    let config = DiskConfig { folders: vec![one.slab(), two.slab()], ..one.config(64) };
+    assert!(DiskTier::open(config, &world.arena, IDENTITY).is_err());
+    // It is tried again every second.
+    assert!(std::fs::read(one.blocks_file()).unwrap() == before);
+    std::fs::remove_file(&two.path).unwrap();
+}
+
+#[test]
 fn several_folders_are_one_tier() {
     conforms(&|| {
         let (one, two) = (Folder::new("several-1"), Folder::new("several-2"));

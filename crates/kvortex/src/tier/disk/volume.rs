@@ -153,8 +153,13 @@ pub(super) fn add(counter: &AtomicU64, count: u64) {
 
 impl Volume {
     /// Opens a folder and starts its thread, which looks for what it kept before.
-    pub(super) fn open(options: VolumeOptions, arena: &Arc<Arena>, identity: Identity) -> Result<Arc<Self>> {
-        let opened = open::open(&options, arena, identity)?;
+    pub(super) fn open(
+        file: SlabFile,
+        options: VolumeOptions,
+        arena: &Arc<Arena>,
+        identity: Identity,
+    ) -> Result<Arc<Self>> {
+        let opened = open::open(file, &options, arena, identity)?;
         let this = Arc::new(Self {
             options,
             arena: Arc::clone(arena),

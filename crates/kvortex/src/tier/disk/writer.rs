@@ -5,12 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvortex_mem::error::MemError;
-use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, digest_slot};
+use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, SlabFile, digest_slot};
 
 use super::header::{Common, HEADER_BYTES, Header, encode};
 use super::open::{self, usable};
 use super::volume::{Opened, Queued, Volume, add, now};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 use crate::tier::Offer;
@@ -188,7 +188,8 @@ fn sync(volume: &Volume, opened: &Opened) {
 fn reopen(volume: &Arc<Volume>) {
     let old = volume.opened();
     old.file.unlock();
-    match open::open(&volume.options, &volume.arena, volume.identity) {
+    let file = SlabFile::open(&volume.options.slab).map_err(Error::from);
+    match file.and_then(|file| open::open(file, &volume.options, &volume.arena, volume.identity)) {
         Ok(opened) => {
             log::warn!("{} was taken away; it is made anew, and empty", volume.path());
             opened.scanning.store(false, Ordering::Relaxed);

@@ -70,7 +70,7 @@ impl DiskTier {
     /// Opens the folders. What they kept before is found in the background.
     ///
     /// # Errors
-    /// [`Error::Mem`](crate::Error::Mem) for a folder that cannot be used, with the reason; [`Error::Config`] where not one block
+    /// [`Error::Mem`] for a folder that cannot be used, with the reason; [`Error::Config`] where not one block
     /// fits.
     pub fn open(config: DiskConfig, arena: &Arc<Arena>, identity: Identity) -> Result<Self> {
         let count = config.folders.len().max(1);

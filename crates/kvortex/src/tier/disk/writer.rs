@@ -161,7 +161,7 @@ impl Keeper {
 
 /// Whether another segment leaves the file system what others need. One that does not tell is believed to have it.
 fn leaves_enough(opened: &Opened) -> io::Result<()> {
-    let Ok((left, all)) = opened.file.left() else { return Ok(()) };
+    let Some((left, all)) = opened.file.left().ok().filter(|&(_, all)| all > 0) else { return Ok(()) };
     let spared = (all / SPARED_SHARE).min(SPARED);
     if left >= opened.geometry.segment_bytes().saturating_add(spared) {
         return Ok(());

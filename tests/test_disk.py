@@ -1,5 +1,9 @@
 """The disk tier from Python: what one engine saved, the next one loads, and nobody else."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -153,3 +157,21 @@ def test_the_command_names_the_folders_of_ranks_and_refuses_links(tmp_path, caps
     link.symlink_to(folder)
     assert main(["disk", "ls", str(link)]) == 1
     assert "it is a link or a file" in capsys.readouterr().err
+
+
+def test_the_command_can_be_interrupted(tmp_path):
+    folder = tmp_path / "kv"
+    with engine_at(folder) as engine:
+        engine.save_blocks(keys_of(1), data_of(1))
+    # Holes, which take minutes to look at.
+    os.truncate(folder / "v1/blocks", 1 << 40)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from kvortex.cli import main; main()", "disk", "stat", str(folder)]
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(3) == -signal.SIGINT
+    finally:
+        process.kill()

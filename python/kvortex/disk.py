@@ -1,6 +1,7 @@
 """``kvortex disk``: a look into the folders of the disk tier, while no engine uses them."""
 
 import argparse
+import signal
 import time
 from typing import Any
 
@@ -31,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run one of them."""
-    status: int = arguments.show(arguments)
+    # A look at a large folder takes minutes, in which nothing asks whether it is to end; it can be left at any moment.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        status: int = arguments.show(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return status
 
 

@@ -3,6 +3,7 @@
 
 mod folder;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use folder::*;
@@ -10,6 +11,7 @@ use kvortex::Namespace;
 use kvortex::tier::disk::{Admission, DiskConfig, DiskTier};
 use kvortex::tier::suite::{PATIENCE, World, conforms, has};
 use kvortex::tier::{Identity, Put, Tier};
+use kvortex_mem::file::{Call, Effect, FaultPlan};
 
 #[test]
 fn it_keeps_the_contract_by_threads_and_by_a_ring() {
@@ -24,6 +26,21 @@ fn it_keeps_the_contract_by_threads_and_by_a_ring() {
             });
         }
     }
+}
+
+#[test]
+fn where_one_of_several_folders_is_missing_the_others_are_left_as_they_are() {
+    let (one, two, world) = (Folder::new("there"), Folder::new("missing"), World::new(64, BLOCK));
+    let tier = one.open(&world, 64);
+    world.keep(&tier, 0..4);
+    drop(tier);
+    std::fs::write(&two.path, "in the way").unwrap();
+    let before = std::fs::read(one.blocks_file()).unwrap();
+    let config = DiskConfig { folders: vec![one.slab(), two.slab()], ..one.config(64) };
+    assert!(DiskTier::open(config, &world.arena, IDENTITY).is_err());
+    // It is tried again every second.
+    assert!(std::fs::read(one.blocks_file()).unwrap() == before);
+    std::fs::remove_file(&two.path).unwrap();
 }
 
 #[test]
@@ -208,6 +225,20 @@ fn a_full_queue_drops_at_once() {
     assert!(tier.flush(PATIENCE) && start.elapsed() < Duration::from_secs(5));
     let dropped = puts.iter().filter(|&&put| put == Put::Dropped).count();
     assert_eq!(tier.stats().dropped, dropped as u64);
+}
+
+#[test]
+fn a_second_touch_that_finds_no_room_does_not_begin_again() {
+    let (folder, plan) = (Folder::new("touched"), Arc::new(FaultPlan::default()));
+    let world = World::new(64, BLOCK);
+    let config = DiskConfig { admission: Admission::SecondTouch, queue_bytes: 2 * 8192, ..folder.faulty(64, &plan) };
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.put(&tier, 0..3), [Put::Refused; 3]);
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(300)));
+    assert_eq!(world.put(&tier, 0..3), [Put::Queued, Put::Queued, Put::Dropped]);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.put(&tier, 0..3), [Put::Present, Put::Present, Put::Queued]);
 }
 
 #[test]

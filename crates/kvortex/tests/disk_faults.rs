@@ -124,6 +124,28 @@ fn a_folder_that_is_taken_away_is_made_anew() {
 }
 
 #[test]
+fn what_is_offered_again_after_a_clear_is_kept_while_the_first_is_still_being_written() {
+    let (folder, world) = (Folder::new("again"), World::new(64, BLOCK));
+    let plan = Arc::new(FaultPlan::default());
+    let tier = DiskTier::open(folder.faulty(32, &plan), &world.arena, IDENTITY).unwrap();
+    assert!(tier.flush(PATIENCE));
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(600)));
+    assert_eq!(world.put(&tier, 0..4), [Put::Queued; 4]);
+    std::thread::sleep(Duration::from_millis(100));
+    plan.clear();
+    assert!(tier.clear());
+    // The first ones end while these are under way.
+    plan.always(Call::Write, Effect::Delay(Duration::from_millis(800)));
+    assert_eq!(world.put(&tier, 0..4), [Put::Queued; 4]);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.get(&tier, &[0, 1, 2, 3], PATIENCE), [true; 4]);
+    drop(tier);
+    let tier = folder.open(&world, 32);
+    assert!(tier.flush(PATIENCE));
+    assert_eq!(world.get(&tier, &[0, 1, 2, 3], PATIENCE), [true; 4]);
+}
+
+#[test]
 fn a_superblock_that_cannot_be_read_now_costs_nothing_that_is_kept() {
     let (folder, world) = (Folder::new("super"), World::new(64, BLOCK));
     let tier = folder.open(&world, 32);

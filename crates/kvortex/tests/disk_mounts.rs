@@ -103,6 +103,34 @@ fn child_on_a_full_file_system() {
 }
 
 #[test]
+fn a_cap_beyond_the_file_system_leaves_others_their_share() {
+    mounted("child_with_a_cap_beyond_the_file_system", "-rm", "mount -t tmpfs -o size=12m none \"$1\"");
+}
+
+#[test]
+fn child_with_a_cap_beyond_the_file_system() {
+    let Some(at) = place() else { return };
+    let world = World::new(128, BLOCK);
+    // What makes its segments short keeps them short.
+    drop(DiskTier::open(config(&at, true), &world.arena, IDENTITY).unwrap());
+    let mut config = config(&at, true);
+    config.max_bytes = 1 << 40;
+    let tier = DiskTier::open(config, &world.arena, IDENTITY).unwrap();
+    let kept = full_of(&tier);
+    assert!(kept > 700, "{kept}");
+    let left = free_bytes(&at);
+    assert!(left >= (12 << 20) / 20, "{left} bytes are left for others");
+    std::fs::write(at.join("other"), vec![1; 500 << 10]).unwrap();
+    world.keep(&tier, 0..20);
+}
+
+/// How many blocks fit when it has stopped growing.
+fn full_of(tier: &dyn Tier) -> usize {
+    std::thread::sleep(Duration::from_millis(300));
+    tier.stats().capacity_blocks
+}
+
+#[test]
 fn a_file_system_that_is_full_at_the_start_costs_neither_what_is_kept_nor_the_ring() {
     mounted("child_that_starts_on_a_full_file_system", "-rm", "mount -t tmpfs -o size=12m none \"$1\"");
 }

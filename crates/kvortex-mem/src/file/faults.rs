@@ -197,6 +197,10 @@ impl Sys for Faulty {
         self.0.around(Call::Stat, 0, |_| Real.stat(fd))
     }
 
+    fn stat_system(&self, fd: BorrowedFd<'_>) -> io::Result<libc::statvfs> {
+        self.0.around(Call::Stat, 0, |_| Real.stat_system(fd))
+    }
+
     fn lock(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.0.around(Call::Lock, 0, |_| Real.lock(fd))
     }

@@ -160,6 +160,15 @@ impl SlabFile {
         Ok(self.sys.stat(self.file.as_fd())?.st_nlink > 0)
     }
 
+    /// Bytes that the file system has left for this user, and bytes that it has in all.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn left(&self) -> io::Result<(u64, u64)> {
+        let stat = self.sys.stat_system(self.file.as_fd())?;
+        Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+    }
+
     /// Makes the file `len` bytes long, with room for all of them taken. Where a file system cannot take room ahead, the file
     /// only becomes longer.
     ///

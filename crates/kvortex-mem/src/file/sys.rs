@@ -15,6 +15,8 @@ pub(crate) trait Sys: Debug + Send + Sync {
     fn make_folder(&self, at: Option<BorrowedFd<'_>>, name: &CStr) -> io::Result<()>;
     /// What the system knows of an open file.
     fn stat(&self, fd: BorrowedFd<'_>) -> io::Result<libc::stat>;
+    /// What the system knows of the file system of an open file.
+    fn stat_system(&self, fd: BorrowedFd<'_>) -> io::Result<libc::statvfs>;
     /// Locks a file against every other opening of it; `WouldBlock` if somebody has it.
     fn lock(&self, fd: BorrowedFd<'_>) -> io::Result<()>;
     /// Takes room for the bytes from `offset` on, so that writing there cannot run out of it.
@@ -74,6 +76,14 @@ impl Sys for Real {
         let mut stat = std::mem::MaybeUninit::uninit();
         // SAFETY: `stat` has room for what the call writes.
         told(unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) } as isize)?;
+        // SAFETY: the call succeeded, so it was written.
+        Ok(unsafe { stat.assume_init() })
+    }
+
+    fn stat_system(&self, fd: BorrowedFd<'_>) -> io::Result<libc::statvfs> {
+        let mut stat = std::mem::MaybeUninit::uninit();
+        // SAFETY: `stat` has room for what the call writes.
+        told(unsafe { libc::fstatvfs(fd.as_raw_fd(), stat.as_mut_ptr()) } as isize)?;
         // SAFETY: the call succeeded, so it was written.
         Ok(unsafe { stat.assume_init() })
     }
@@ -147,6 +157,10 @@ impl<S: Sys> Sys for Patient<S> {
 
     fn stat(&self, fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
         again(|| self.0.stat(fd))
+    }
+
+    fn stat_system(&self, fd: BorrowedFd<'_>) -> io::Result<libc::statvfs> {
+        again(|| self.0.stat_system(fd))
     }
 
     fn lock(&self, fd: BorrowedFd<'_>) -> io::Result<()> {

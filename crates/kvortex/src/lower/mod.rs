@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::key::{KEY_BYTES, Keys};
 use crate::mask::BlockMask;
 use crate::planner::Planner;
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::sync::{Arc, AtomicU64, Ordering};
 use crate::tier::{Offer, Tier, TierStats};
 
 #[cfg(not(shuttle))]
@@ -57,7 +57,7 @@ struct Below {
     /// What is on its way up, by key: whoever wants the same waits for it instead of reading it again.
     coming: Arc<Coming>,
     /// Held while blocks begin to go down or up, and throughout a reset, so that none that was there before comes after.
-    gate: Mutex<()>,
+    gate: parking_lot::Mutex<()>,
     /// Counts resets. What was leased before one is not offered after it.
     epoch: AtomicU64,
     counts: Arc<Counts>,
@@ -105,7 +105,7 @@ impl Lower {
             block_bytes,
             deadline,
             coming: Arc::default(),
-            gate: Mutex::default(),
+            gate: parking_lot::Mutex::default(),
             epoch: AtomicU64::new(0),
             counts: Arc::default(),
         });
@@ -257,11 +257,13 @@ impl Below {
         }
     }
 
-    /// Starts to read the blocks of a promotion, head first; what finds no room is left out.
+    /// Starts to read the blocks of a promotion, head first; what finds no room is left out. A reset that hangs holds it up until
+    /// its deadline and no longer.
     fn begin(&self, ascent: Ascent) {
-        let _gate = self.gate.lock();
         let until = ascent.until();
-        if Instant::now() < until {
+        if let Some(_gate) = self.gate.try_lock_until(until)
+            && Instant::now() < until
+        {
             let wants = promotion::wants(self, &ascent, self.most());
             self.tier.get(wants, until);
         }

@@ -3,12 +3,15 @@ mod late;
 use super::*;
 use crate::eviction::Watermarks;
 use crate::mask::BlockMask;
+use crate::sync::Mutex;
 use crate::tier::host::SlotPool;
 use crate::tier::{Put, Want};
 
 /// Has every block, counts what it is offered, and holds what it is asked for.
 #[derive(Default)]
 struct Fake {
+    /// Whoever holds it holds up a clear.
+    clearing: Mutex<()>,
     offered: Mutex<usize>,
     wanted: Mutex<Vec<Want>>,
 }
@@ -38,6 +41,7 @@ impl Tier for Fake {
     }
 
     fn clear(&self) -> bool {
+        drop(self.clearing.lock());
         true
     }
 
@@ -56,9 +60,13 @@ impl Tier for Fake {
 }
 
 fn lower(slots: u32) -> (Lower, Arc<Fake>) {
+    with_deadline(slots, Duration::from_secs(20))
+}
+
+fn with_deadline(slots: u32, deadline: Duration) -> (Lower, Arc<Fake>) {
     let (pool, fake) = (SlotPool::new(slots), Arc::<Fake>::default());
     let planner = Planner::new(pool.clone(), Watermarks::new(pool.total(), 1.0, 0.0), Arc::default());
-    let lower = Lower::new(fake.clone(), Arc::new(planner), 4096, Duration::from_secs(20));
+    let lower = Lower::new(fake.clone(), Arc::new(planner), 4096, deadline);
     (lower.expect("a thread"), fake)
 }
 
@@ -163,4 +171,24 @@ fn promotions_that_follow_each_other_closely_do_not_keep_each_other() {
     }
     // As a list it would be longer than a stack is deep.
     drop(before);
+}
+
+#[test]
+fn nobody_waits_longer_than_the_deadline_for_a_reset_that_hangs() {
+    let (lower, fake) = with_deadline(8, Duration::from_millis(100));
+    let hang = fake.clearing.lock();
+    std::thread::scope(|scope| {
+        let reset = scope.spawn(|| lower.reset());
+        std::thread::sleep(Duration::from_millis(50));
+        let start = Instant::now();
+        let asked = scope.spawn(|| lower.promote(Keys::from_slices(&keys(0..4)), Reach::Prefix));
+        while !asked.is_finished() && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let waited = start.elapsed();
+        drop(hang);
+        assert!(waited < Duration::from_secs(2), "{waited:?}");
+        assert!(reset.join().is_ok_and(|(_, lasting)| lasting));
+    });
+    assert!(fake.wanted.lock().is_empty());
 }

@@ -240,6 +240,14 @@ fn removed_is_gone(make: Make<'_>) {
     let keys = packed([1, 2, 9]);
     assert_eq!(tier.remove(Keys::from_slices(&keys), Instant::now() + PATIENCE), 2);
     assert_eq!(world.get(&*tier, &[0, 1, 2, 3], PATIENCE), [true, false, false, true]);
+    // Whether they wait, are being written, or are kept by now.
+    for round in 10..20 {
+        let _ = world.put(&*tier, [10 * round, 10 * round + 1]);
+        let keys = packed([10 * round]);
+        assert_eq!(tier.remove(Keys::from_slices(&keys), Instant::now() + PATIENCE), 1);
+        assert!(tier.flush(PATIENCE));
+        assert_eq!(world.get(&*tier, &[10 * round, 10 * round + 1], PATIENCE), [false, true]);
+    }
     world.keep(&*tier, [1]);
     assert_eq!(world.get(&*tier, &[1], PATIENCE), [true]);
 }

@@ -9,7 +9,7 @@ pub(super) const START: u64 = 2 * HEADER_BYTES as u64;
 const SEGMENT_BYTES: u64 = 256 << 20;
 const MAX_SEGMENT_SLOTS: u64 = 4096;
 /// With fewer segments than this in a cap that was lowered, too much of it would stay unused.
-const FEW_SEGMENTS: u32 = 4;
+const FEW_SEGMENTS: u32 = 2;
 
 /// The places of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -158,10 +158,15 @@ impl DiskIndex {
 
     /// The block at a claimed place was not written.
     pub(super) fn abandon(&mut self, slot: u32, key: &BlockKey) {
+        self.disown(slot, key);
+        self.release(slot);
+    }
+
+    /// The block at a claimed place is not wanted any more. The place stays busy until [`release`](Self::release).
+    pub(super) fn disown(&mut self, slot: u32, key: &BlockKey) {
         if self.map.get(key) == Some(&slot) {
             self.map.remove(key);
         }
-        self.release(slot);
     }
 
     /// Forgets a block, if it is visible and, where one is given, of that generation. Its place stays busy until

@@ -14,7 +14,7 @@ mod writer;
 use std::time::{Duration, Instant};
 
 use kvortex_mem::arena::Arena;
-use kvortex_mem::file::{IoOptions, SlabOptions};
+use kvortex_mem::file::{IoOptions, SlabFile, SlabOptions};
 
 pub use admission::Admission;
 use admission::Gate;
@@ -70,12 +70,12 @@ impl DiskTier {
     /// Opens the folders. What they kept before is found in the background.
     ///
     /// # Errors
-    /// [`Error::Mem`](crate::Error::Mem) for a folder that cannot be used, with the reason; [`Error::Config`] where not one block
+    /// [`Error::Mem`] for a folder that cannot be used, with the reason; [`Error::Config`] where not one block
     /// fits.
     pub fn open(config: DiskConfig, arena: &Arc<Arena>, identity: Identity) -> Result<Self> {
         let count = config.folders.len().max(1);
         has_room(&config, arena, identity.world)?;
-        let volume = |slab: SlabOptions| {
+        let volume = |(file, slab): (SlabFile, SlabOptions)| {
             let options = VolumeOptions {
                 slab,
                 max_bytes: config.max_bytes / count as u64,
@@ -83,7 +83,7 @@ impl DiskTier {
                 queue_bytes: (config.queue_bytes / count).max(arena.stride()),
                 io: config.io,
             };
-            Volume::open(options, arena, identity)
+            Volume::open(file, options, arena, identity)
         };
         // Those that were opened before a failure are closed with this.
         let mut this = Self {
@@ -93,8 +93,10 @@ impl DiskTier {
             dropped: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         };
-        for slab in config.folders {
-            this.volumes.push(volume(slab)?);
+        // All of them first: while one is missing the others are neither changed nor read.
+        let files = config.folders.iter().map(SlabFile::open).collect::<Result<Vec<_>, _>>()?;
+        for folder in files.into_iter().zip(config.folders) {
+            this.volumes.push(volume(folder)?);
         }
         let most: usize = this.volumes.iter().map(|volume| volume.most_blocks()).sum();
         *this.gate.get_mut() = Gate::new(config.admission, 2 * most);
@@ -119,7 +121,9 @@ impl DiskTier {
         if self.volumes.iter().any(|volume| volume.knows(key)) {
             return (Put::Present, None);
         }
-        if !self.gate.lock().admits(key) {
+        // Without room it is not asked: what it admits it takes for new the next time.
+        let room = rooms.iter().any(|room| *room >= bytes);
+        if room && !self.gate.lock().admits(key) {
             add(&self.refused, 1);
             return (Put::Refused, None);
         }

@@ -17,9 +17,8 @@ use crate::tier::Identity;
 /// Headers read at once.
 const SCAN_HEADERS: u32 = 256;
 
-/// Opens a file, or makes it what this layout needs.
-pub(super) fn open(options: &VolumeOptions, arena: &Arc<Arena>, identity: Identity) -> Result<Opened> {
-    let file = SlabFile::open(&options.slab)?;
+/// Takes a file for use, made what this layout needs.
+pub(super) fn open(file: SlabFile, options: &VolumeOptions, arena: &Arc<Arena>, identity: Identity) -> Result<Opened> {
     let failed = |cause| MemError::Disk { path: options.slab.folder.display().to_string(), cause };
     let (geometry, found) = shape(&file, options, arena).map_err(failed)?;
     let sequence = found.map_or(1, |found| (found.sequence + 1).min(u64::from(u32::MAX)));

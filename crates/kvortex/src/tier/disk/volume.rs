@@ -121,6 +121,7 @@ pub(super) struct Queued {
 #[derive(Default)]
 pub(super) struct WriteQueue {
     pub(super) offers: VecDeque<Queued>,
+    /// Of what waits or is being written, but for what is not wanted any more.
     pub(super) keys: HashSet<BlockKey>,
     /// Of offers that wait or are being written.
     pub(super) bytes: usize,
@@ -152,8 +153,13 @@ pub(super) fn add(counter: &AtomicU64, count: u64) {
 
 impl Volume {
     /// Opens a folder and starts its thread, which looks for what it kept before.
-    pub(super) fn open(options: VolumeOptions, arena: &Arc<Arena>, identity: Identity) -> Result<Arc<Self>> {
-        let opened = open::open(&options, arena, identity)?;
+    pub(super) fn open(
+        file: SlabFile,
+        options: VolumeOptions,
+        arena: &Arc<Arena>,
+        identity: Identity,
+    ) -> Result<Arc<Self>> {
+        let opened = open::open(file, &options, arena, identity)?;
         let this = Arc::new(Self {
             options,
             arena: Arc::clone(arena),
@@ -269,8 +275,11 @@ impl Volume {
         let mut queue = self.queue.lock();
         let dropped = if queue.closed || queue.era != era {
             queue.bytes -= batch.len() * self.arena.stride();
-            for offer in &batch {
-                queue.keys.remove(&offer.key);
+            // After a clear they are those of others.
+            if queue.era == era {
+                for offer in &batch {
+                    queue.keys.remove(&offer.key);
+                }
             }
             batch
         } else {
@@ -399,11 +408,14 @@ impl Volume {
         }
     }
 
-    /// Forgets one block and wipes it.
+    /// Forgets one block and wipes it, now or, if it is on its way, when it has come.
     pub(super) fn remove(self: &Arc<Self>, key: &BlockKey) -> bool {
         let opened = self.opened();
+        let mut queue = self.queue.lock();
+        let on_its_way = queue.keys.remove(key);
         let forgotten = opened.index.lock().forget(key, None);
-        forgotten.inspect(|&slot| self.wipe(&opened, slot)).is_some()
+        drop(queue);
+        forgotten.inspect(|&slot| self.wipe(&opened, slot)).is_some() || on_its_way
     }
 
     /// Forgets all for good: entries of the file's old identity are never believed again.

@@ -5,12 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvortex_mem::error::MemError;
-use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, digest_slot};
+use kvortex_mem::file::{Access, Digest, Ended, Memory, Op, Scratch, SlabFile, digest_slot};
 
 use super::header::{Common, HEADER_BYTES, Header, encode};
 use super::open::{self, usable};
 use super::volume::{Opened, Queued, Volume, add, now};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::BlockKey;
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 use crate::tier::Offer;
@@ -24,6 +24,9 @@ const SHEETS: usize = 3;
 const TICK: Duration = Duration::from_millis(250);
 /// A device without room is asked again this often.
 const RETRY: Duration = Duration::from_secs(1);
+/// A file system keeps this much for others, or this share of it if it is a small one: a cap may be larger than it is.
+const SPARED: u64 = 1 << 30;
+const SPARED_SHARE: u64 = 20;
 /// What is written is made to survive a power cut this often.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 
@@ -48,9 +51,9 @@ fn run(volume: &Arc<Volume>) {
     loop {
         let grows = keeper.look_after(volume);
         match take(volume, if grows { Duration::ZERO } else { TICK }) {
-            Some((offers, common)) => {
-                keeper.make_room(volume, offers.len());
-                write(volume, offers, common);
+            Some(taken) => {
+                keeper.make_room(volume, taken.offers.len());
+                write(volume, taken);
             }
             None => break,
         }
@@ -58,10 +61,17 @@ fn run(volume: &Arc<Volume>) {
     sync(volume, &volume.opened());
 }
 
-/// Offers for one sheet, none after `patience`, and what their headers say; `None` once closed and empty.
+/// Offers for one sheet, and what their headers say.
 ///
-/// Both are taken under the queue's lock, as a clear takes it: what was offered before a clear has the identity of before.
-fn take(volume: &Volume, patience: Duration) -> Option<(Vec<Queued>, Common)> {
+/// All is taken under the queue's lock, as a clear takes it: what was offered before a clear has the identity of before.
+struct Taken {
+    offers: Vec<Queued>,
+    common: Common,
+    era: u64,
+}
+
+/// What is to be written next, nothing after `patience`; `None` once closed and empty.
+fn take(volume: &Volume, patience: Duration) -> Option<Taken> {
     let opened = volume.opened();
     let end = Instant::now() + patience;
     let mut queue = volume.queue.lock();
@@ -72,10 +82,11 @@ fn take(volume: &Volume, patience: Duration) -> Option<(Vec<Queued>, Common)> {
         if !queue.offers.is_empty() && queue.in_flight < SHEETS {
             let count = (SHEET_BYTES / volume.arena.stride()).clamp(1, SHEET_BLOCKS).min(queue.offers.len());
             queue.in_flight += 1;
-            return Some((queue.offers.drain(..count).collect(), *opened.common.lock()));
+            let offers = queue.offers.drain(..count).collect();
+            return Some(Taken { offers, common: *opened.common.lock(), era: queue.era });
         }
         if volume.changed.wait_until(&mut queue, end).timed_out() {
-            return Some((Vec::new(), *opened.common.lock()));
+            return Some(Taken { offers: Vec::new(), common: *opened.common.lock(), era: queue.era });
         }
     }
 }
@@ -129,7 +140,8 @@ impl Keeper {
         if self.full.is_some_and(|since| since.elapsed() < RETRY) {
             return false;
         }
-        match opened.file.grow(geometry.file_bytes(segments + 1)) {
+        let grown = leaves_enough(opened).and_then(|()| opened.file.grow(geometry.file_bytes(segments + 1)));
+        match grown {
             Ok(()) => {
                 if self.full.take().is_some() {
                     log::info!("{}: there is room again", volume.path());
@@ -145,6 +157,17 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Whether another segment leaves the file system what others need. One that does not tell is believed to have it.
+fn leaves_enough(opened: &Opened) -> io::Result<()> {
+    let Some((left, all)) = opened.file.left().ok().filter(|&(_, all)| all > 0) else { return Ok(()) };
+    let spared = (all / SPARED_SHARE).min(SPARED);
+    if left >= opened.geometry.segment_bytes().saturating_add(spared) {
+        return Ok(());
+    }
+    let text = format!("its file system has {left} bytes left, of which {spared} are for others");
+    Err(io::Error::new(io::ErrorKind::StorageFull, text))
 }
 
 fn sync(volume: &Volume, opened: &Opened) {
@@ -165,7 +188,8 @@ fn sync(volume: &Volume, opened: &Opened) {
 fn reopen(volume: &Arc<Volume>) {
     let old = volume.opened();
     old.file.unlock();
-    match open::open(&volume.options, &volume.arena, volume.identity) {
+    let file = SlabFile::open(&volume.options.slab).map_err(Error::from);
+    match file.and_then(|file| open::open(file, &volume.options, &volume.arena, volume.identity)) {
         Ok(opened) => {
             log::warn!("{} was taken away; it is made anew, and empty", volume.path());
             opened.scanning.store(false, Ordering::Relaxed);
@@ -199,6 +223,7 @@ struct Sheet {
     volume: Arc<Volume>,
     opened: Arc<Opened>,
     common: Common,
+    era: u64,
     blocks: Mutex<Vec<Block>>,
     /// Operations of this stage that have not ended.
     awaited: AtomicUsize,
@@ -206,7 +231,7 @@ struct Sheet {
     keys: Vec<BlockKey>,
 }
 
-fn write(volume: &Arc<Volume>, offers: Vec<Queued>, common: Common) {
+fn write(volume: &Arc<Volume>, Taken { offers, common, era }: Taken) {
     if offers.is_empty() {
         return;
     }
@@ -218,6 +243,7 @@ fn write(volume: &Arc<Volume>, offers: Vec<Queued>, common: Common) {
         volume: Arc::clone(volume),
         opened,
         common,
+        era,
         awaited: AtomicUsize::new(blocks.len()),
         blocks: Mutex::new(blocks),
         keys,
@@ -335,21 +361,8 @@ impl Sheet {
     fn settle(&self) {
         let blocks = std::mem::take(&mut *self.blocks.lock());
         let stride = self.volume.arena.stride();
-        let mut written = 0;
-        {
-            let mut index = self.opened.index.lock();
-            // Offered before a clear, nothing of it is seen after.
-            let current = self.opened.common.lock().slab == self.common.slab;
-            for block in &blocks {
-                let Block { key, slot, digest, generation, then, well, .. } = block;
-                if *well && current {
-                    written += u64::from(index.commit(*slot, key, *digest, *generation));
-                } else {
-                    index.abandon(*slot, key);
-                }
-                then.iter().rev().for_each(|key| index.touch(key));
-            }
-        }
+        let (written, unwanted) = self.commit(&blocks);
+        unwanted.into_iter().for_each(|slot| self.volume.wipe(&self.opened, slot));
         let counts = &self.volume.counts;
         add(&counts.written, written);
         add(&counts.bytes_written, written * (stride + HEADER_BYTES) as u64);
@@ -361,10 +374,33 @@ impl Sheet {
         let mut queue = self.volume.queue.lock();
         queue.in_flight -= 1;
         queue.bytes -= self.keys.len() * stride;
-        for key in &self.keys {
-            queue.keys.remove(key);
-        }
         drop(queue);
         self.volume.changed.notify_all();
+    }
+
+    /// Shows what is written and still wanted: how many, and the places of what was removed meanwhile. Offered before a clear,
+    /// nothing is seen after it; the queue's keys are then others'.
+    fn commit(&self, blocks: &[Block]) -> (u64, Vec<u32>) {
+        let mut queue = self.volume.queue.lock();
+        let mut index = self.opened.index.lock();
+        let current = queue.era == self.era;
+        let (mut written, mut unwanted) = (0, Vec::new());
+        for Block { key, slot, digest, generation, then, well, .. } in blocks {
+            if !*well || !current {
+                index.abandon(*slot, key);
+            } else if queue.keys.contains(key) {
+                written += u64::from(index.commit(*slot, key, *digest, *generation));
+            } else {
+                index.disown(*slot, key);
+                unwanted.push(*slot);
+            }
+            then.iter().rev().for_each(|key| index.touch(key));
+        }
+        if current {
+            for key in &self.keys {
+                queue.keys.remove(key);
+            }
+        }
+        (written, unwanted)
     }
 }

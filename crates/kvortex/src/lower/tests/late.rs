@@ -12,6 +12,7 @@ use crate::eviction::Watermarks;
 use crate::lease::Lease;
 use crate::mask::BlockMask;
 use crate::plan::TicketId;
+use crate::sync::Mutex;
 use crate::tier::host::{SlotId, SlotPool};
 use crate::tier::{Put, Want};
 

@@ -61,8 +61,6 @@ class Options:
     store_failures: float = 0.0
     layout: str = "NHD"
     shape: str = "one group"
-    drafter: tuple[workers.Drafter, ...] = (workers.Drafter.BEFORE_SAVING, workers.Drafter.AFTER_HOOKS)
-    """What the connector counts on where one computes last; the second is right everywhere."""
     late: float = 0.0
     """How often nothing is kept in a step, as before all ranks are there."""
 
@@ -255,7 +253,9 @@ class Run:
         self.side._mover = self.mover
         self.worker = ModelRunner(self.connector, self.shape, self.mover, self.order, self.counts, self.requests)
         if self.worker.drafts_late:
-            self.side._hooks, self.side._drafter = None, self.rng.choice(options.drafter)
+            # The second is right wherever there is a drafter.
+            counted_on = self.rng.choice((workers.Drafter.BEFORE_SAVING, workers.Drafter.AFTER_HOOKS))
+            self.side._hooks, self.side._drafter = None, counted_on
 
     def _make_scratch(self):
         """As many blocks in host memory that no engine uses, of the same layout."""

@@ -72,8 +72,10 @@ class _Tracked:
         self.background = False
         self.loading: int | None = None
         """Ticket of a load in the background."""
-        self.loads = wishes.load
-        """Whether to look for its blocks: not again after a load of them failed."""
+        self.loads = wishes.load and not getattr(request, "skip_reading_prefix_cache", False)
+        """Whether to look for its blocks: not where its answer tells of every token of the prompt, whatever the engine
+        asks, and not again after a load of them failed.
+        """
         self.keeps = wishes.store
         """Whether its blocks may be stored: not those computed or loaded before a reset."""
         self.looked_up = False

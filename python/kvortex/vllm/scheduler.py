@@ -244,6 +244,7 @@ class SchedulerSide:
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is None:
+                self._writes(step, new.block_ids)
                 continue
             tracked.blocks = self._tables.listed(new.block_ids)
             self._held.pop(new.req_id, None)
@@ -269,6 +270,8 @@ class SchedulerSide:
         for name, new, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             tracked = all_tracked.get(name)
             if tracked is None:
+                if new is not None:
+                    self._writes(step, new)
                 continue
             if new is not None:
                 ids = self._tables.listed(new)
@@ -285,6 +288,10 @@ class SchedulerSide:
             tokens = computed + scheduled[name]
             if tokens >= tracked.next_full:
                 full.append((tracked, computed, tokens))
+
+    def _writes(self, step: KVortexMetadata, ids: Any) -> None:
+        """A request of which nothing is known, for its lookup failed, was given blocks."""
+        step.written.extend(self._tables.beyond(self._tables.listed(ids), 0))
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.

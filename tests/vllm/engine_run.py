@@ -75,6 +75,13 @@ class Engine:
         (answer,) = self.llm.generate([prompt], params, use_tqdm=False)
         return list(answer.outputs[0].token_ids), answer.num_cached_tokens
 
+    def score(self, tokens):
+        """Log-probabilities of the tokens of a prompt."""
+        params = SamplingParams(temperature=0, detokenize=False, max_tokens=1, prompt_logprobs=0)
+        (answer,) = self.llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
+        rows = zip(tokens[1:], answer.prompt_logprobs[1:], strict=True)
+        return [round(row[token].logprob, 3) for token, row in rows], answer.num_cached_tokens
+
     def drop(self, *, connector=False):
         """The engine forgets its own blocks, and their memory is overwritten."""
         # What ended a moment ago is freed by the next step.
@@ -118,6 +125,9 @@ def other_prompts(engine, prompt):
     engine.drop()
     found["salted"] = engine.ask(prompt, salt="ours")
     found["other salt"] = engine.ask(prompt, salt="theirs")
+    found["scored"] = engine.score(prompt[300:])
+    engine.drop()
+    found["scored again"] = engine.score(prompt[300:])
     engine.drop(connector=True)
     found["after reset"] = engine.ask(prompt)
     return found

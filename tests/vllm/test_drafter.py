@@ -81,8 +81,9 @@ def test_what_is_drafted_after_all_hooks_is_stored_before_the_next_step_writes(s
 
 def test_which_hook_comes_last_is_known_of_each_vllm():
     drafts = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle"))
-    assert connectors._drafter(drafts) is (Drafter.AFTER_HOOKS if OLD else Drafter.BEFORE_SAVING)
-    assert connectors._drafter(SimpleNamespace(speculative_config=None)) is Drafter.NONE
+    assert connectors._drafter(drafts, (0, 32, 0)) is Drafter.BEFORE_SAVING
+    assert connectors._drafter(drafts, (0, 25, 1)) is Drafter.AFTER_HOOKS
+    assert connectors._drafter(SimpleNamespace(speculative_config=None), (0, 15, 1)) is Drafter.NONE
 
 
 @pytest.mark.skipif(OLD, reason="on the CPU this vLLM has no drafter with layers of its own")

@@ -81,6 +81,7 @@ def check(found):
     assert cached["generated"] == 512, "blocks with generated tokens are kept too"
     assert cached["salted"] == 576
     assert cached["other salt"] == 0
+    assert found["scored again"] == found["scored"], "all of a prompt that is scored is computed"
     if "after pause" in found:
         assert found["after pause"] == found["cold"], "a connector is told that the engine is about to sleep"
     if "corrupted" in found:

@@ -114,6 +114,26 @@ def test_a_load_that_a_step_was_promised_and_that_fails_stops_the_engine(
         run.go()
 
 
+@pytest.mark.parametrize("order", FITTING)
+def test_blocks_of_requests_that_could_not_be_looked_up_are_ordered_too(config, model_folder, monkeypatch, order):
+    """They are given blocks that are still being stored."""
+    logging.disable(logging.CRITICAL)
+    for seed in range(5):
+        run = Run(model_folder, Options(seed, order=order), config)
+        side = run.scheduler.connector._scheduler
+        track = side._track
+
+        def fails(request, track=track, known=side._tracked, rng=run.rng):
+            if request.request_id not in known and rng.random() < 0.5:
+                raise OSError("something that nobody thought of")
+            return track(request)
+
+        monkeypatch.setattr(side, "_track", fails)
+        counts = run.go()
+        assert counts.finished == counts.requests
+        assert counts.read_back > 20
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", FITTING)
 def test_shutdown_ends_what_is_under_way(config, model_folder, order, mode):

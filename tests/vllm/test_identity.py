@@ -313,6 +313,12 @@ def test_a_configuration_by_a_function_is_known_in_this_process_only(model):
     assert not identify(config, layout(), "1").survives_restart
 
 
+def test_scales_of_the_first_request_are_known_in_this_process_only(model):
+    config = engine(model)
+    object.__setattr__(config.cache_config, "calculate_kv_scales", True)
+    assert not identify(config, layout(), "1").survives_restart
+
+
 # Files.
 
 

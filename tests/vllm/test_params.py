@@ -147,6 +147,17 @@ def test_what_is_not_to_be_loaded_is_computed_and_kept(direct):
     assert served(direct, "c")[0] == 64
 
 
+def test_a_prompt_whose_every_token_is_told_of_is_computed_and_kept(direct):
+    """As for ``prompt_logprobs``: vLLM sets it then, and not every version minds what a connector offers."""
+    request = make_request("a", TOKENS, 1)
+    request.skip_reading_prefix_cache = True
+    assert direct.serve(request) == (0, None)
+    assert served(direct, "b")[0] == 64
+    again = make_request("c", TOKENS, 1)
+    again.skip_reading_prefix_cache = True
+    assert direct.hit_tokens(again) == 0
+
+
 def test_a_life_counts_from_when_blocks_were_stored_and_the_longer_one_holds(direct):
     served(direct, "a", ttl_s=2)
     direct.pass_time(1.9)

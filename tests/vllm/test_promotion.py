@@ -184,6 +184,9 @@ def test_a_disk_is_for_names_that_survive(config, monkeypatch):
     identity = SimpleNamespace(survives_restart=True)
     assert disks.why_off(identity, config) is None
     assert disks.why_off(SimpleNamespace(survives_restart=False), config) == disks.WEIGHTS_UNKNOWN
+    with monkeypatch.context() as patch:
+        patch.setattr(config.cache_config, "calculate_kv_scales", True, raising=False)
+        assert disks.why_off(identity, config) == disks.SCALES_CALCULATED
     monkeypatch.delenv("PYTHONHASHSEED")
     monkeypatch.setattr(disks.kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None, raising=False)
     assert disks.why_off(identity, config) == disks.ROOT_IS_RANDOM

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
-from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 import vllm
 from kvortex import KVortexConfig, RankMover, RankPlanner, UnsupportedError
@@ -38,9 +37,8 @@ when it sleeps. Before, 0.15.1 was seen to do none of it."""
 ASKS_SCHEDULER = (0, 32, 0)
 """Tested from here on: the scheduler's numbers are asked for in each step. Before, only if a rank has some."""
 
-
-SAVES_LAST = hasattr(KVConnectorModelRunnerMixin, "finalize_kv_connector")
-"""Whether every model runner calls ``wait_for_save`` after a drafter's pass. Before, it came after the model's."""
+SAVES_LAST = (0, 32, 0)
+"""Read from here on: ``wait_for_save`` comes after a drafter's pass. On 0.15.1 it comes after the model's."""
 
 
 def _log_as_vllm_does() -> None:
@@ -262,7 +260,7 @@ class KVortexConnector(KVConnectorBase_V1):
         if device != "none" and self._vllm.speculative_config is None:
             # A drafter's layers run with their hooks in some steps and inside a graph in others.
             hooks = layouts.layer_hooks(self._layout, kv_caches, cache)
-        self._worker = WorkerSide(mover, cache, hooks, _drafter(self._vllm))
+        self._worker = WorkerSide(mover, cache, hooks, _drafter(self._vllm, self._version))
 
     def handle_preemptions(self, arg: Any) -> None:
         """Before the engine writes the blocks of the step. Older versions pass names of requests, and seldom."""
@@ -343,11 +341,11 @@ def _rank() -> int:
     return int(get_tensor_model_parallel_rank())
 
 
-def _drafter(vllm_config: Any) -> Drafter:
+def _drafter(vllm_config: Any, version: tuple[int, int, int]) -> Drafter:
     """When one computes that may have a part of each block."""
     if vllm_config.speculative_config is None:
         return Drafter.NONE
-    return Drafter.BEFORE_SAVING if SAVES_LAST else Drafter.AFTER_HOOKS
+    return Drafter.BEFORE_SAVING if version >= SAVES_LAST else Drafter.AFTER_HOOKS
 
 
 def _refuse(vllm_config: Any, version: tuple[int, int, int]) -> None:

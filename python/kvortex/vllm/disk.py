@@ -35,6 +35,9 @@ WEIGHTS_UNKNOWN = (
     "nobody can tell whether the next start has the same weights: they are dummies or streamed, or a function "
     "overrides the model's configuration; serve the model from files"
 )
+SCALES_CALCULATED = (
+    "the next start calculates other scales of the KV cache from its first request; leave --calculate-kv-scales out"
+)
 FORGOTTEN = (
     "everything was forgotten, as before sleep or new weights, and nobody knows which weights the engine has now; "
     "what was on the disk is gone, and the next start uses it again"
@@ -43,6 +46,8 @@ FORGOTTEN = (
 
 def why_off(identity: EngineIdentity, vllm_config: VllmConfig) -> str | None:
     """Why blocks may not go to the disk that is configured, and what to do; None if they may."""
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return SCALES_CALCULATED
     if not identity.survives_restart:
         return WEIGHTS_UNKNOWN
     if not os.environ.get("PYTHONHASHSEED") and getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None) is None:

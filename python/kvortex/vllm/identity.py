@@ -170,6 +170,8 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     drafter = getattr(vllm_config.speculative_config, "draft_model_config", None)
     files = [_files(one, vllm_config.load_config) for one in (model, drafter) if one is not None]
+    # Of what the first request happens to be, in each process.
+    calculates_scales = bool(getattr(cache, "calculate_kv_scales", False))
     overrides, are_plain = _plain(getattr(model, "hf_overrides", None))
     namespace = Namespace(
         host="vllm",
@@ -182,7 +184,7 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
         dtype=str(model.dtype),
         quantization=str(model.quantization),
         cache_dtype=str(cache.cache_dtype),
-        cache_scales=bool(getattr(cache, "calculate_kv_scales", False)),
+        cache_scales=calculates_scales,
         cache_layout=str(getattr(cache, "kv_cache_layout", None)),
         hashes=str(cache.prefix_caching_hash_algo),
         block_tokens=layout.block_tokens,
@@ -194,7 +196,8 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
             for name in sorted(group.layers)
         ],
     )
-    return EngineIdentity(namespace, are_plain and all(one.complete for one in files))
+    survives_restart = are_plain and not calculates_scales and all(one.complete for one in files)
+    return EngineIdentity(namespace, survives_restart)
 
 
 def _files(model: Any, load: Any) -> ModelFiles:

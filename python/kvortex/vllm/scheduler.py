@@ -74,8 +74,10 @@ class _Tracked:
         self.background = False
         self.loading: int | None = None
         """Ticket of a load in the background."""
-        self.loads = wishes.load
-        """Whether to look for its blocks: not again after a load of them failed."""
+        self.loads = wishes.load and not getattr(request, "skip_reading_prefix_cache", False)
+        """Whether to look for its blocks: not where its answer tells of every token of the prompt, whatever the engine
+        asks, and not again after a load of them failed.
+        """
         self.keeps = wishes.store
         """Whether its blocks may be stored: not those computed or loaded before a reset."""
         self.looked_up = False
@@ -246,6 +248,7 @@ class SchedulerSide:
         for new in output.scheduled_new_reqs:
             tracked = self._tracked.get(new.req_id)
             if tracked is None:
+                written += self._unknown(new.block_ids)
                 continue
             written += self._begin(tracked, new.req_id, new.block_ids)
             tokens = new.num_computed_tokens + scheduled[new.req_id]
@@ -273,6 +276,8 @@ class SchedulerSide:
                 continue
             tracked = self._tracked.get(name)
             if tracked is None:
+                if new is not None:
+                    written += self._unknown(new)
                 continue
             if new is not None:
                 if name in cached.resumed_req_ids:
@@ -293,6 +298,10 @@ class SchedulerSide:
         tracked.blocks = self._tables.listed(ids)
         self._held.pop(name, None)
         return self._tables.beyond(tracked.blocks, tracked.local)
+
+    def _unknown(self, ids: Sequence[list[int]]) -> list[int]:
+        """The blocks that a request writes of which nothing is known, since its lookup failed."""
+        return self._tables.beyond(self._tables.listed(ids), 0)
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.

@@ -40,7 +40,7 @@ class Engine:
 
     def step(self, name):
         """The plan to store what a request has computed."""
-        blocks = (list(range(TOKENS // BLOCK)),)
+        blocks = (list(range(1, 1 + TOKENS // BLOCK)),)
         new = SimpleNamespace(req_id=name, block_ids=blocks, num_computed_tokens=0)
         cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
         output = SimpleNamespace(

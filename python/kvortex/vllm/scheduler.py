@@ -276,8 +276,7 @@ class SchedulerSide:
                 continue
             tracked = self._tracked.get(name)
             if tracked is None:
-                if new is not None:
-                    written += self._unknown(new)
+                written += self._unknown(new)
                 continue
             if new is not None:
                 if name in cached.resumed_req_ids:
@@ -299,9 +298,9 @@ class SchedulerSide:
         self._held.pop(name, None)
         return self._tables.beyond(tracked.blocks, tracked.local)
 
-    def _unknown(self, ids: Sequence[list[int]]) -> list[int]:
+    def _unknown(self, ids: Sequence[list[int]] | None) -> list[int]:
         """The blocks that a request writes of which nothing is known, since its lookup failed."""
-        return self._tables.beyond(self._tables.listed(ids), 0)
+        return [] if ids is None else self._tables.beyond(self._tables.listed(ids), 0)
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended. Whether the ranks will still report a load into its blocks, and what its answer tells.

@@ -116,12 +116,12 @@ def test_a_block_that_is_named_a_step_later_is_stored_then(groups):
     assert engine.decode().store is None
 
 
-def test_a_request_that_the_connector_was_never_asked_about_is_left_alone():
+def test_a_request_that_the_connector_was_never_asked_about_stores_nothing_and_its_blocks_are_put_in_order():
     engine = Decoding({"one": 5 * BLOCK - 1})
     engine.lengths["stranger"] = 5 * BLOCK - 1
     engine.name_block("one")
     assert len(engine.decode().store.blocks) == 1
-    assert len(engine.decode().written) == 1
+    assert len(engine.decode().written) == 2
 
 
 def test_blocks_without_a_name_are_looked_at_again_with_the_next_one(monkeypatch):

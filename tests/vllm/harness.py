@@ -189,6 +189,9 @@ class Run:
         self.forgotten: dict[str, set[int]] = {}
         """The blocks that each request has had since the connector was made to forget everything."""
         self._watch_pool(self.scheduler.kv_cache_manager.block_pool)
+        self.refused = ""
+        """The last request that vLLM had no blocks for."""
+        self._watch_manager(self.scheduler.kv_cache_manager)
         self._make_worker(caches)
 
     def _configure(self, config):
@@ -236,6 +239,16 @@ class Run:
             return blocks
 
         pool.get_new_blocks = given
+
+    def _watch_manager(self, manager):
+        allocate = manager.allocate_slots
+
+        def allocated(request, *args, **kwargs):
+            blocks = allocate(request, *args, **kwargs)
+            self.refused = request.request_id if blocks is None else ""
+            return blocks
+
+        manager.allocate_slots = allocated
 
     def _make_worker(self, caches):
         options = self.options
@@ -420,14 +433,14 @@ class Run:
         self.side.shutdown()
 
     def _end_deadlock(self):
-        """0.32 lets a request whose load failed, and that has no blocks any more, go before those whose loads have
-        ended, whose blocks it may need: then nothing runs any more, whatever a connector does.
+        """After a failed load 0.32 may need more for the first request that waits than is left beside those behind it.
+        Then nothing runs any more, whatever a connector does: it has nothing under way, and vLLM refuses the blocks.
         """
         scheduler = self.scheduler
-        first, *others = [request.request_id for request in scheduler.kv_holding_waiting] or [""]
-        ended = scheduler.finished_recving_kv_req_ids.intersection(others)
-        if first and ended and not scheduler.running and not self._blocks_of(first):
-            self._abort([first])
+        waiting = [request.request_id for request in scheduler.kv_holding_waiting]
+        under_way = scheduler.connector._scheduler._under_way
+        if waiting and waiting[0] == self.refused and not scheduler.running and not under_way:
+            self._abort(waiting[:1])
 
     def read_back(self):
         """Reads every block that a lookup can see out of the arena."""

@@ -7,11 +7,6 @@ from pathlib import Path
 from kvortex._core import KVortexError
 
 
-def gib(size: int) -> str:
-    """Bytes as "3.5 GiB"."""
-    return f"{size / 2**30:.1f} GiB"
-
-
 def size_of(count: int) -> str:
     """Bytes in the largest unit of which there is one: "3.5 GiB", "512.0 KiB"."""
     size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]

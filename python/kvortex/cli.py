@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import kvortex
-from kvortex._terminal import gib
+from kvortex._terminal import size_of
 from kvortex.config import cgroup_limit, default_pool_size, physical_memory
 
 FAILED = 1
@@ -85,9 +85,9 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": str(len(os.sched_getaffinity(0))),
-        "memory": gib(physical_memory()),
-        "cgroup limit": "none" if limit is None else gib(limit),
-        "default pool": gib(default_pool_size()),
+        "memory": size_of(physical_memory()),
+        "cgroup limit": "none" if limit is None else size_of(limit),
+        "default pool": size_of(default_pool_size()),
         "huge pages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import kvortex
 from kvortex import bench
-from kvortex._terminal import gib
+from kvortex._terminal import size_of
 from kvortex.config import KVortexConfig, cgroup_limit, default_pool_size, physical_memory
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -97,14 +97,14 @@ def configuration() -> Iterator[Finding]:
     pool, most = int(config.cpu_pool_size_bytes), physical_memory()
     if pool > most:
         remedy = "make cpu_pool_size_bytes smaller"
-        yield Finding("pool", PROBLEM, f"{gib(pool)} of the {gib(most)} that there are", remedy)
+        yield Finding("pool", PROBLEM, f"{size_of(pool)} of the {size_of(most)} that there are", remedy)
 
 
 def memory() -> Iterator[Finding]:
     """Memory, its limit, and the pool that follows from them."""
     limit = cgroup_limit()
-    bound = "no control-group limit" if limit is None else f"control-group limit {gib(limit)}"
-    yield Finding("memory", OK, f"{gib(physical_memory())}, {bound}; default pool {gib(default_pool_size())}")
+    bound = "no control-group limit" if limit is None else f"control-group limit {size_of(limit)}"
+    yield Finding("memory", OK, f"{size_of(physical_memory())}, {bound}; default pool {size_of(default_pool_size())}")
 
 
 def huge_pages() -> Finding:
@@ -124,9 +124,9 @@ def shared_memory() -> Finding:
         return Finding("shared memory", NOTE, f"{_SHARED}: {error.strerror}", "mount a tmpfs there")
     size = stat.f_frsize * stat.f_blocks
     if size >= 1 << 30:
-        return Finding("shared memory", OK, f"{_SHARED} has {gib(size)}")
+        return Finding("shared memory", OK, f"{_SHARED} has {size_of(size)}")
     remedy = "needed only for engines of several processes: start the container with --shm-size=16g or --ipc=host"
-    return Finding("shared memory", NOTE, f"{_SHARED} has only {gib(size)}", remedy)
+    return Finding("shared memory", NOTE, f"{_SHARED} has only {size_of(size)}", remedy)
 
 
 def graphics(wish: str) -> Iterator[Finding]:
@@ -142,7 +142,7 @@ def graphics(wish: str) -> Iterator[Finding]:
         yield Finding("GPU", PROBLEM, text, "look at CUDA_VISIBLE_DEVICES")
         return
     gpu = gpus[ordinal]
-    free, total = gib(gpu["memory_free_bytes"]), gib(gpu["memory_bytes"])
+    free, total = size_of(gpu["memory_free_bytes"]), size_of(gpu["memory_bytes"])
     capability = f"compute capability {gpu['compute_capability']}"
     yield Finding("GPU", OK, f"cuda:{ordinal} of {len(gpus)}: {gpu['name']}, {capability}, {free} of {total} free")
     yield Finding("driver", OK, f"CUDA {gpu['driver_cuda']}")
@@ -182,7 +182,7 @@ def _cpus(text: str) -> set[int]:
 def memlock() -> Finding:
     """The limit on locked memory, which some systems hold page-locked memory to."""
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    text = "no limit" if soft == resource.RLIM_INFINITY else f"limit {gib(soft)}"
+    text = "no limit" if soft == resource.RLIM_INFINITY else f"limit {size_of(soft)}"
     return Finding("locked memory", OK, f"{text} (ulimit -l)")
 
 
@@ -193,13 +193,13 @@ def link(gpu: dict[str, Any]) -> Iterator[Finding]:
         peak = rig.contiguous()
     if not kvortex.PinnedHostPool(_TRIAL_BYTES, device=device).pinned:
         remedy = "raise ulimit -l and the control group's memory limit; the log has the driver's answer"
-        text = f"{gib(_TRIAL_BYTES)} could not be page-locked: copies are slow"
+        text = f"{size_of(_TRIAL_BYTES)} could not be page-locked: copies are slow"
         yield Finding("page-locking", PROBLEM, text, remedy)
     else:
         yield Finding("page-locking", OK, "works")
     yield lanes(gpu, min(peak.save, peak.load))
     speeds = f"save {peak.save / 1e9:.1f}, load {peak.load / 1e9:.1f}, both at once {peak.both / 1e9:.1f} GB/s"
-    yield Finding("measured", OK, f"{speeds} for {gib(_TRIAL_BYTES)} in one piece")
+    yield Finding("measured", OK, f"{speeds} for {size_of(_TRIAL_BYTES)} in one piece")
     profile = kvortex.gpu_link(gpu["ordinal"], fresh=True)
     for name in ("save", "load"):
         yield Finding(f"copy method, {name}", OK, _methods(profile["store" if name == "save" else name]["methods"]))

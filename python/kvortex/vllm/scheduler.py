@@ -489,7 +489,7 @@ class SchedulerSide:
             if len(hashes) <= first:
                 # An engine that schedules ahead names a block when it knows the last token in it: in the next step.
                 continue
-            behind = self._behind(tracked, tokens) if self._tables.ahead else 0
+            behind = self._behind(tracked, tokens)
             end = min(tokens // self._block_tokens - behind, len(hashes), self._tables.length(tracked.blocks))
             if tracked.keeps and end > first and (keys := self._source.keys(hashes[first:end], request.lora_request)):
                 runs.append((tracked, first, keys))
@@ -502,7 +502,7 @@ class SchedulerSide:
         """Full blocks that are not stored yet: the last one while tokens are generated, where a drafter's layers look
         ahead. What they keep of its end is computed again when the drafted token behind it is rejected.
         """
-        return int(tokens > tracked.request.num_prompt_tokens)
+        return int(self._tables.ahead and tokens > tracked.request.num_prompt_tokens)
 
     @staticmethod
     def _terms(runs: list[_Run]) -> params.Terms:

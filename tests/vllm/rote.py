@@ -126,8 +126,11 @@ class Tracked:
 def kv_tensors(blocks, layout, shape=SHAPES["one group"]):
     """The tensors to register, and a view of each with shape (block, offset, words...)."""
     tensors, views = [], []
-    for _ in range(shape.places):
-        if NEW and layout == "NHD":
+    together = torch.zeros(blocks, shape.places if layout == "BLHNC" else 0, HEADS, BLOCK, 2 * SIZE)
+    for place in range(shape.places):
+        if layout == "BLHNC":
+            tensor = together[:, place]
+        elif NEW and layout == "NHD":
             tensor = torch.zeros(blocks, BLOCK, HEADS, 2 * SIZE).transpose(1, 2)
         elif NEW:
             tensor = torch.zeros(blocks, HEADS, BLOCK, 2 * SIZE)

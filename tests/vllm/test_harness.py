@@ -70,11 +70,12 @@ ORDERS_OF_GROUPS = [name for name in FITTING if not name.startswith("0.25")]
 """Of a vLLM that is told which requests' loads failed, or loads inside steps only."""
 
 
-def taking_turns(seed, shape):
+def taking_turns(seed, shape, layout=None):
     """One run of many with windows: model runners, modes and layouts alternate, and some ranks come late."""
+    layout = layout or ("NHD", "HND")[seed % 2]
     mode = list(MODES)[seed % len(MODES)]
     order = ORDERS_OF_GROUPS[seed // len(MODES) % len(ORDERS_OF_GROUPS)]
-    return Options(seed, order, layout=("NHD", "HND")[seed % 2], shape=shape, late=seed % 4 / 10, **MODES[mode])
+    return Options(seed, order, layout=layout, shape=shape, late=seed % 4 / 10, **MODES[mode])
 
 
 @pytest.mark.timeout(1800)
@@ -93,6 +94,19 @@ def test_no_position_inside_a_window_is_ever_wrong(config, model_folder, shape, 
     assert totals["layerwise"] > SEEDS / 2
     assert (totals["background"] > SEEDS) == NEW, "an old vLLM is not told whose load failed: it loads inside steps"
     assert (totals["failed_loads"] > SEEDS / 4) == NEW
+
+
+@pytest.mark.skipif(not NEW, reason="older versions have a tensor for each layer")
+@pytest.mark.parametrize("shape", ["equal groups", "five to one", "uneven"])
+def test_no_position_is_wrong_where_a_block_is_one_piece_for_all_layers(config, model_folder, shape):
+    lives = max(4, SEEDS // 5)
+    totals = runs(config, model_folder, [taking_turns(seed, shape, "BLHNC") for seed in range(lives)])
+    print(f"\n{shape}, BLHNC: {totals}")
+    assert totals["finished"] == totals["requests"] > 30 * lives
+    assert totals["hit_tokens"] > 300 * lives
+    assert totals["checked"] > 40_000 * lives
+    assert totals["read_back"] > 100 * lives
+    assert totals["layerwise"] == 0, "such blocks cannot be awaited by layers"
 
 
 def test_a_run_is_replayed_from_its_seed(config, model_folder):

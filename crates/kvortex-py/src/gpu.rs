@@ -64,19 +64,24 @@ pub(crate) fn gpu_link(py: Python<'_>, ordinal: u32, fresh: bool) -> PyResult<Bo
             Ok((link_profile(&device, fresh), device.info().maps_host))
         })?;
         let dict = PyDict::new(py);
-        dict.set_item("store", rated(py, &store, maps_host)?)?;
-        dict.set_item("load", rated(py, &load, maps_host)?)?;
+        dict.set_item("store", rated(py, &store, maps_host, true)?)?;
+        dict.set_item("load", rated(py, &load, maps_host, false)?)?;
         Ok(dict)
     })
 }
 
-fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool) -> PyResult<Bound<'py, PyDict>> {
+fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool, is_store: bool) -> PyResult<Bound<'py, PyDict>> {
     const BLOCKS: usize = 1000;
     const BLOCK: usize = 2 << 20;
     let methods = PyDict::new(py);
     for fragment in (12..22).map(|power| 1usize << power) {
-        let shape =
-            Shape { bytes: BLOCKS * BLOCK, fragments: BLOCKS * (BLOCK / fragment), slots: BLOCKS, rows: BLOCKS };
+        let shape = Shape {
+            bytes: BLOCKS * BLOCK,
+            fragments: BLOCKS * (BLOCK / fragment),
+            slots: BLOCKS,
+            rows: BLOCKS,
+            beside: is_store,
+        };
         methods.set_item(fragment, rates.choose(&shape, maps_host).name())?;
     }
     let dict = PyDict::new(py);

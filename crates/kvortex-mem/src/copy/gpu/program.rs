@@ -511,5 +511,7 @@ pub(super) fn shape(task: &Task<'_>, half: usize, parts: usize) -> Shape {
     let whole = parts == 1 && pages.page_bytes() == stride;
     let rows = if whole { runs } else { steps.len() * parts };
     let slots = if whole || task.in_rows { runs * parts + bytes / half.max(1) } else { rows };
-    Shape { bytes, fragments: fragments.max(parts) * steps.len(), slots, rows: rows.max(slots) }
+    let order = pages.order();
+    let beside = task.to_slots() || order.background || order.parts.is_some();
+    Shape { bytes, fragments: fragments.max(parts) * steps.len(), slots, rows: rows.max(slots), beside }
 }

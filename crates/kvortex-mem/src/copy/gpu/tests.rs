@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use super::program::{Halves, Op, Program, Task};
+use super::program::{self, Halves, Op, Program, Task};
 use super::*;
 use crate::arena::Arena;
 use crate::copy::suite::{DeviceWorld, World, conforms_in};
@@ -405,6 +405,24 @@ fn the_link_is_measured() {
     for rates in [profile.store, profile.load] {
         assert!(rates.link > 0.0 && rates.kernel > 0.0 && rates.copy_us > 0.0 && rates.staged_us > 0.0, "{rates:?}");
     }
+}
+
+#[test]
+fn beside_computation_multiprocessors_are_left_to_it() {
+    let bench = Bench::new(9, options(None));
+    let in_parts = |pages: Pages| pages.in_parts(Arc::new(Parts::new(vec![PAGE / 3, PAGE]).unwrap()));
+    let faster = Rates { kernel: 1.2 * Profile::ASSUMED.load.link, ..Profile::ASSUMED.load };
+    let way = |direction: Direction, pages: Pages| {
+        let transfer = bench.transfer(direction, pages);
+        let task = Task { transfer: &transfer, steps: 0..PAGES, method: Method::Dma, in_rows: true, piece: None };
+        let Shape { beside, .. } = program::shape(&task, 32 << 20, 1);
+        faster.choose(&Shape { bytes: 1 << 30, fragments: 1 << 14, slots: 33, rows: 1, beside }, true)
+    };
+    assert_eq!(way(Direction::Load, bench.pages()), Method::Kernel);
+    assert_eq!(way(Direction::Load, bench.pages().in_background()), Method::Staged);
+    assert_eq!(way(Direction::Load, in_parts(bench.pages())), Method::Staged);
+    assert_eq!(way(Direction::Store, bench.pages()), Method::Staged);
+    bench.check();
 }
 
 /// Costs at which many fragments are staged and few are copied one by one, never by the kernel alone.

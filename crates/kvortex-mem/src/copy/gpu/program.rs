@@ -76,13 +76,13 @@ pub(super) struct Program {
     rows: HashMap<RowKey, Table>,
 }
 
-/// Rows are the same for segments whose pages lie at the same distances.
+/// Rows are the same for segments whose pages lie at the same distances, and for all parts of a load that are equally long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct RowKey {
     distances: Distances,
     steps: (usize, usize),
-    /// The staging buffer, or the slots.
-    half: Option<(usize, usize)>,
+    /// Bytes of each page in a staging buffer; none between slots and pages.
+    staged: Option<usize>,
     transfer: usize,
 }
 
@@ -159,7 +159,7 @@ impl Program {
             match task.method {
                 Method::Dma => self.add_copies(task, &whole),
                 Method::Kernel => {
-                    let groups = self.write_groups(task, &whole);
+                    let groups = self.write_groups(task, &whole, 0);
                     self.add_launches(task, &whole, &groups, None);
                 }
                 Method::Staged => self.add_staged(task, &whole, halves),
@@ -204,27 +204,32 @@ impl Program {
 
     fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
         let (page, slot) = (task.page_role(), task.slot_role());
-        let mut groups = (0..0, Vec::new());
+        // The items of the bytes that are copied, for each buffer.
+        let mut written = (0..0, [None, None]);
         for cut in cuts(whole, task.piece.map_or(halves.bytes, |piece| piece.min(halves.bytes))) {
-            if groups.0 != cut.bytes {
-                let all = Cut { steps: whole.steps.clone(), bytes: cut.bytes.clone() };
-                groups = (cut.bytes.clone(), self.write_groups(task, &all));
+            if written.0 != cut.bytes {
+                written = (cut.bytes.clone(), [None, None]);
             }
             let half = halves.next;
             halves.next ^= 1;
+            let groups = written.1[half].get_or_insert_with(|| {
+                let all = Cut { steps: whole.steps.clone(), bytes: cut.bytes.clone() };
+                // Where a page's byte 0 would lie.
+                self.write_groups(task, &all, halves.addrs[half].wrapping_sub(cut.bytes.start))
+            });
             let (first, last) = if task.to_slots() { (page, slot) } else { (slot, page) };
             if task.piece.is_some() {
                 self.ops.push(Op::Order { first: last, then: first });
             }
             self.ops.push(Op::Claim { on: first, half });
             if task.to_slots() {
-                self.add_launches(task, &cut, &groups.1, Some(halves.addrs[half]));
+                self.add_launches(task, &cut, groups, Some(cut.bytes.len()));
                 self.ops.push(Op::Order { first, then: last });
                 self.add_slot_copies(task, &cut, halves.addrs[half]);
             } else {
                 self.add_slot_copies(task, &cut, halves.addrs[half]);
                 self.ops.push(Op::Order { first, then: last });
-                self.add_launches(task, &cut, &groups.1, Some(halves.addrs[half]));
+                self.add_launches(task, &cut, groups, Some(cut.bytes.len()));
             }
             self.ops.push(Op::Release { on: last, half });
         }
@@ -240,29 +245,27 @@ impl Program {
         self.ops.extend(copies.ops(on, task.to_slots()));
     }
 
-    /// Launches between the pages and the slots, or a staging buffer.
-    fn add_launches(&mut self, task: &Task<'_>, cut: &Cut, groups: &[(Rows<'_>, Table)], buffer: Option<usize>) {
-        // Where a page's byte 0 would lie in the buffer: its items count from there.
-        let target = buffer.map(|addr| (addr.wrapping_sub(cut.bytes.start), cut.bytes.len()));
+    /// Launches between the pages and the slots, or a staging buffer with `staged` bytes of each page.
+    fn add_launches(&mut self, task: &Task<'_>, cut: &Cut, groups: &[(Rows<'_>, Table)], staged: Option<usize>) {
         let transfer = std::ptr::from_ref(task.transfer) as usize;
         for (distances, items) in groups {
             let steps = (cut.steps.start, cut.steps.end);
-            let key = RowKey { distances: distances.key(), steps, half: target, transfer };
+            let key = RowKey { distances: distances.key(), steps, staged, transfer };
             let rows = match self.rows.get(&key) {
                 Some(&rows) => rows,
-                None => *self.rows.entry(key).or_insert(write_rows(&mut self.words, task, distances, cut, target)),
+                None => *self.rows.entry(key).or_insert(write_rows(&mut self.words, task, distances, cut, staged)),
             };
             if rows.count > 0 {
                 let (on, to_slots, items) = (task.page_role(), task.to_slots(), *items);
-                self.ops.push(Op::Launch { on, rows, items, to_slots, local: buffer.is_some() });
+                self.ops.push(Op::Launch { on, rows, items, to_slots, local: staged.is_some() });
             }
         }
     }
 
-    /// The groups of `cut`, with their items in the tables.
-    fn write_groups<'a>(&mut self, task: &Task<'a>, cut: &Cut) -> Vec<(Rows<'a>, Table)> {
+    /// The groups of `cut`, with their items in the tables; `base` is where byte 0 of a page lies beyond what its row says.
+    fn write_groups<'a>(&mut self, task: &Task<'a>, cut: &Cut, base: usize) -> Vec<(Rows<'a>, Table)> {
         let groups = groups(task, cut).into_iter();
-        groups.map(|(rows, items)| (rows, write_items(&mut self.words, &items))).collect()
+        groups.map(|(rows, items)| (rows, write_items(&mut self.words, &items, base as u64))).collect()
     }
 }
 
@@ -363,28 +366,22 @@ fn push_items(items: &mut Vec<Item>, base: u64, pattern: &Pattern, (inner, at): 
     });
 }
 
-fn write_items(words: &mut Vec<u64>, items: &[Item]) -> Table {
+fn write_items(words: &mut Vec<u64>, items: &[Item], base: u64) -> Table {
     let start = words.len();
     words.reserve(items.len() * 3);
-    items.iter().for_each(|item| words.extend([item.page, item.slot, item.bytes]));
+    items.iter().for_each(|item| words.extend([item.page, base.wrapping_add(item.slot), item.bytes]));
     Table { start, count: items.len() }
 }
 
-/// One row for each step; `target` is where page bytes lie in a staging buffer, and how many of each page.
-fn write_rows(
-    words: &mut Vec<u64>,
-    task: &Task<'_>,
-    rows: &Rows<'_>,
-    cut: &Cut,
-    target: Option<(usize, usize)>,
-) -> Table {
+/// One row for each step; `staged` is how many bytes of each page lie in a staging buffer.
+fn write_rows(words: &mut Vec<u64>, task: &Task<'_>, rows: &Rows<'_>, cut: &Cut, staged: Option<usize>) -> Table {
     // Rows are read 16 bytes at a time.
     words.resize(words.len().next_multiple_of(2), 0);
     let start = words.len();
     words.reserve(cut.steps.len() * 2);
     for (index, step) in task.steps(&cut.steps).iter().enumerate() {
-        let slot = match target {
-            Some((base, len)) => base.wrapping_add(index * len),
+        let slot = match staged {
+            Some(len) => index * len,
             None => task.slot_addr(step),
         };
         if let Some(page) = rows.distance(step.page as usize) {

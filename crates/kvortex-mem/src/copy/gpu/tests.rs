@@ -408,6 +408,26 @@ fn the_link_is_measured() {
 }
 
 #[test]
+fn parts_of_a_load_that_are_equally_long_share_their_rows() {
+    let bench = Bench::new(3, options(None));
+    let transfer = bench.transfer(Direction::Load, bench.pages());
+    let task = Task { transfer: &transfer, steps: 0..PAGES, method: Method::Staged, in_rows: true, piece: None };
+    let third = PAGE / 3;
+    let mut program = Program::default();
+    let halves = &mut Halves { addrs: [1 << 20, 2 << 20], bytes: 128 << 10, next: 0 };
+    program.add(&task, &[0..third, third..2 * third, 2 * third..PAGE], true, halves);
+    let mut rows: Vec<_> = program
+        .ops
+        .iter()
+        .filter_map(|op| if let Op::Launch { rows, .. } = op { Some(rows.start) } else { None })
+        .collect();
+    assert_eq!(rows.len(), 3);
+    rows.dedup();
+    assert_eq!(rows.len(), 1);
+    bench.check();
+}
+
+#[test]
 fn beside_computation_multiprocessors_are_left_to_it() {
     let bench = Bench::new(9, options(None));
     let in_parts = |pages: Pages| pages.in_parts(Arc::new(Parts::new(vec![PAGE / 3, PAGE]).unwrap()));

@@ -293,7 +293,7 @@ class Run:
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", clock))
             stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
-            for name in ("FIRST_PART_BYTES", "PART_BYTES"):
+            for name in ("LEAST_PART_BYTES", "MOST_PART_BYTES"):
                 stack.enter_context(mock.patch.object(layers, name, self.part_bytes))
             yield
 

@@ -40,15 +40,15 @@ def test_parts_end_where_their_layers_end():
     assert hooks.ends([4]) == [100]
 
 
-def test_small_loads_have_few_parts_and_the_first_is_the_smallest():
+def test_small_loads_have_few_parts_and_the_first_and_the_last_are_the_smallest():
     hooks = LayerHooks({str(index): index for index in range(32)}, [64 << 10] * 32)
     assert [hooks.parts(blocks) for blocks in (1, 2, 16, 64)] == [
         [32],
         [32],
-        [4, 12, 28, 32],
-        [1, 3, 7, 15, 23, 31, 32],
+        [4, 12, 22, 27, 32],
+        [1, 3, 7, 15, 23, 28, 30, 31, 32],
     ]
-    assert hooks.parts(128) == [1, 2, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert hooks.parts(128) == [1, 2, 4, 8, 12, 16, 20, 24, 28, 30, 31, 32]
     assert hooks.parts(512) == hooks.parts(2000) == list(range(1, 33))
 
 

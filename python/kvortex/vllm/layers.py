@@ -14,11 +14,13 @@ __all__ = ["LayerHooks"]
 MODES = ("NONE", "PIECEWISE")
 """Of CUDA graphs, in which attention and its hooks run outside of any."""
 
-FIRST_PART_BYTES = 4 << 20
-"""The first part is at least this large: the sooner it is there, the sooner the first layer is computed."""
+LEAST_PART_BYTES = 4 << 20
+"""The first part has at least as much, and so has the last: the sooner the first is there, the sooner the first layer
+is computed, and what the last one brings is computed when nothing is loaded any more."""
 
-PART_BYTES = 32 << 20
-"""What parts grow to, each twice the one before: each costs some calls of the driver, which a small load would feel."""
+MOST_PART_BYTES = 32 << 20
+"""What parts grow to, each twice the one before, and shrink from, each half of what is left: each costs some calls of
+the driver, which a small load would feel."""
 
 
 class LayerHooks:
@@ -56,11 +58,12 @@ class LayerHooks:
 
     def parts(self, blocks: int) -> list[int]:
         """Layers at which the parts of a load of ``blocks`` blocks end."""
-        parts, start, least = [], 0, FIRST_PART_BYTES
+        parts, start, total, grown = [], 0, self._ends[-1], LEAST_PART_BYTES
         for layer, end in enumerate(self._ends[:-1], 1):
-            if (end - start) * blocks >= least:
+            least = max(LEAST_PART_BYTES, min(grown, (total - start) * blocks // 2))
+            if (end - start) * blocks >= least and (total - end) * blocks >= LEAST_PART_BYTES:
                 parts.append(layer)
-                start, least = end, min(2 * least, PART_BYTES)
+                start, grown = end, min(2 * grown, MOST_PART_BYTES)
         return [*parts, len(self._ends)]
 
     def ends(self, parts: Sequence[int]) -> list[int]:

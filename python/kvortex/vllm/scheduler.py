@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ from kvortex import KVortexTimeoutError
 from kvortex.vllm import params
 from kvortex.vllm.disk import FORGOTTEN
 from kvortex.vllm.groups import Tables
-from kvortex.vllm.identity import KEY, KeySource, RequestKeys
+from kvortex.vllm.identity import KEY, KeySource
 from kvortex.vllm.metadata import KVortexMetadata, Load, Store, block_ids
 from kvortex.vllm.stats import Ledger
+from kvortex.vllm.tracked import Given, Tracked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,77 +37,10 @@ NEVER = 1 << 62
 """More tokens than any request has."""
 
 
-class _Tracked:
-    """What is remembered of one request."""
-
-    __slots__ = (
-        "background",
-        "blocks",
-        "hit",
-        "keeps",
-        "keys",
-        "lease",
-        "loaded",
-        "loading",
-        "loads",
-        "local",
-        "looked_up",
-        "offered",
-        "promoted",
-        "request",
-        "wishes",
-    )
-
-    def __init__(self, request: Any, wishes: params.Wishes) -> None:
-        self.request = request
-        self.wishes = wishes
-        self.keys = RequestKeys()
-        self.blocks: list[int] = []
-        """As ``Tables`` lists them."""
-        self.offered = 0
-        """Blocks, from the first, that a plan to store has had."""
-        self.local = 0
-        """Blocks that the engine's own cache had at the last lookup."""
-        self.hit = 0
-        """Blocks that it would have with what was offered then."""
-        self.lease: Lease | None = None
-        self.background = False
-        self.loading: int | None = None
-        """Ticket of a load in the background."""
-        self.loads = wishes.load and not getattr(request, "skip_reading_prefix_cache", False)
-        """Whether to look for its blocks: not where its answer tells of every token of the prompt, whatever the engine
-        asks, and not again after a load of them failed.
-        """
-        self.keeps = wishes.store
-        """Whether its blocks may be stored: not those computed or loaded before a reset."""
-        self.looked_up = False
-        """Whether its first lookup has been counted."""
-        self.loaded = 0
-        """Tokens that it was given, but for those whose load failed."""
-        self.promoted = 0
-        """Those of them that came from the disk for it."""
-
-
-@dataclass(slots=True)
-class _Given:
-    """What a load brings to a request."""
-
-    to: _Tracked
-    blocks: int
-    tokens: int
-    promoted: int
-    """Tokens of these that came from the disk for it."""
-
-    def count(self, sign: int) -> None:
-        """Counts it, or with -1 takes that back."""
-        self.to.loaded += sign * self.tokens
-        self.to.promoted += sign * self.promoted
-
-
-_Filled = tuple[_Tracked, int, int]
+_Filled = tuple[Tracked, int, int]
 """A request that fills a block in a step, its tokens before the step, and after it."""
 
-_Run = tuple[_Tracked, int, bytes]
+_Run = tuple[Tracked, int, bytes]
 """Blocks of a request that are stored: the first one's place, and the packed keys."""
 
 
@@ -134,10 +67,10 @@ class SchedulerSide:
         self._load_mode = load_mode
         self._block_tokens = layout.block_tokens
         self._tables = Tables(layout.groups, layout.block_tokens)
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, Tracked] = {}
         self._next_full: dict[str, int] = {}
         """Tokens at which the next block of each of them is full."""
-        self._offers: list[_Tracked] = []
+        self._offers: list[Tracked] = []
         self._step = KVortexMetadata()
         self._running = 0
         self._loading: dict[bytes, tuple[int, float]] = {}
@@ -148,7 +81,7 @@ class SchedulerSide:
         """Those of them that have ended before."""
         self._held: dict[str, int] = {}
         """Blocks of requests that load, or have loaded, in the background and were not scheduled since."""
-        self._under_way: dict[int, _Given] = {}
+        self._under_way: dict[int, Given] = {}
         """What each load brings, and to whom."""
         self._mortal = False
         """Whether any request has ever asked that its blocks be kept for a time only."""
@@ -175,7 +108,7 @@ class SchedulerSide:
         # At least two tokens are left to be computed: a step of one token is a full CUDA graph, before which whole
         # loads are awaited.
         end = max(0, request.num_tokens - 2) // self._block_tokens
-        self._end_lease(tracked)
+        tracked.end_lease()
         if not self._is_ready():
             return 0, False
         self._poll()
@@ -230,7 +163,7 @@ class SchedulerSide:
         promoted = 0
         if self._disk is not None:
             promoted = self._disk.took(request.request_id, len(targets), num_external_tokens)
-        given = self._under_way[ticket] = _Given(tracked, len(targets), num_external_tokens, promoted)
+        given = self._under_way[ticket] = Given(tracked, len(targets), num_external_tokens, promoted)
         given.count(1)
         if tracked.background:
             # From now on, as its blocks: what it had computed before is gone, and a reset may come before it runs.
@@ -260,7 +193,7 @@ class SchedulerSide:
         if full:
             step.store = self._plan_store(full)
         for tracked in self._offers:
-            self._end_lease(tracked)
+            tracked.end_lease()
         self._offers.clear()
         if self._disk is not None:
             self._disk.step(output)
@@ -292,7 +225,7 @@ class SchedulerSide:
             if tokens >= next_full[name]:
                 full.append((tracked, computed, tokens))
 
-    def _begin(self, tracked: _Tracked, name: str, ids: Sequence[list[int]]) -> list[int]:
+    def _begin(self, tracked: Tracked, name: str, ids: Sequence[list[int]]) -> list[int]:
         """The request runs with a table of its own; returns the blocks in it that it writes."""
         tracked.blocks = self._tables.listed(ids)
         self._held.pop(name, None)
@@ -313,7 +246,7 @@ class SchedulerSide:
             return False, None
         del self._next_full[name]
         self._held.pop(name, None)
-        self._end_lease(tracked)
+        tracked.end_lease()
         if self._disk is not None:
             self._disk.promotions.end(name)
         self._poll()
@@ -334,7 +267,7 @@ class SchedulerSide:
     def reset(self) -> int:
         """Forgets every block and returns how many there were. What requests have computed or loaded is never kept."""
         for tracked in self._offers:
-            self._end_lease(tracked)
+            tracked.end_lease()
         self._offers.clear()
         for name, tracked in self._tracked.items():
             tracked.keeps = tracked.keeps and not tracked.blocks and name not in self._held
@@ -378,23 +311,23 @@ class SchedulerSide:
 
     # What goes on inside.
 
-    def _track(self, request: Any) -> _Tracked:
+    def _track(self, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             wishes, ignored = params.read(getattr(request, "kv_transfer_params", None))
             self._ledger.ignored(ignored.values, ignored.keys)
             self._mortal |= wishes.ttl_ms is not None
             self._particular |= wishes.is_particular
-            tracked = self._tracked[request.request_id] = _Tracked(request, wishes)
+            tracked = self._tracked[request.request_id] = Tracked(request, wishes)
             self._start_over(tracked)
         return tracked
 
-    def _start_over(self, tracked: _Tracked) -> None:
+    def _start_over(self, tracked: Tracked) -> None:
         """Offers all its blocks, again if it is not new."""
         tracked.offered = 0
         self._next_full[tracked.request.request_id] = self._block_tokens
 
-    def _keys_of(self, tracked: _Tracked) -> bytes:
+    def _keys_of(self, tracked: Tracked) -> bytes:
         """The packed keys of the request's full blocks, as far as the engine has named them."""
         if not self._source.extend(tracked.keys, tracked.request):
             self._start_over(tracked)
@@ -437,7 +370,7 @@ class SchedulerSide:
         if given is not None and not ok:
             given.count(-1)
 
-    def _sources(self, tracked: _Tracked) -> dict[str, int]:
+    def _sources(self, tracked: Tracked) -> dict[str, int]:
         """Tokens that a request was given, by tier."""
         disk = {"disk": tracked.promoted} if self._disk is not None else {}
         return {"host": tracked.loaded - tracked.promoted, **disk}
@@ -450,7 +383,7 @@ class SchedulerSide:
             return False
         return mode.is_background(count * self._layout.block_size_bytes, self._running)
 
-    def _announce(self, tracked: _Tracked, ticket: int, count: int) -> None:
+    def _announce(self, tracked: Tracked, ticket: int, count: int) -> None:
         key = tracked.keys.packed[tracked.local * KEY : (tracked.local + 1) * KEY]
         seconds = self._load_mode.seconds(count * self._layout.block_size_bytes)
         self._loading[key] = (ticket, time.monotonic() + seconds)
@@ -498,7 +431,7 @@ class SchedulerSide:
             self._next_full[request.request_id] = (max(first, end) + 1 + behind) * self._block_tokens
         return runs, blocks
 
-    def _behind(self, tracked: _Tracked, tokens: int) -> int:
+    def _behind(self, tracked: Tracked, tokens: int) -> int:
         """Full blocks that are not stored yet: the last one while tokens are generated, where a drafter's layers look
         ahead. What they keep of its end is computed again when the drafted token behind it is rejected.
         """
@@ -508,11 +441,6 @@ class SchedulerSide:
     def _terms(runs: list[_Run]) -> params.Terms:
         wished = ((len(keys) // KEY, tracked.wishes) for tracked, _, keys in runs)
         return params.terms(wished, _now_ms())
-
-    def _end_lease(self, tracked: _Tracked) -> None:
-        if tracked.lease is not None:
-            tracked.lease.release()
-            tracked.lease = None
 
 
 def _now_ms() -> int:

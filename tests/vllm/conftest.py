@@ -24,6 +24,10 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
 )
 
+# Taken out of the environment, where the connector takes them for knobs that it does not know.
+SEEDS = int(os.environ.pop("KVORTEX_VLLM_SEEDS", "20"))
+PARAMS_CASES = int(os.environ.pop("KVORTEX_PARAMS_CASES", "2000"))
+
 # Without vLLM nothing of this folder can even be imported.
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 

@@ -1,7 +1,6 @@
 """Random schedules of vLLM's own scheduler: no position is ever read wrong, nothing leaks, every request ends."""
 
 import logging
-import os
 from array import array
 
 import harness
@@ -11,12 +10,11 @@ from harness import FITTING, NEW, Options, Run, Wrong
 from rote import BLOCK, MASK, SALTS, SHAPES, chain_of, words_of
 from streams import LATER, LOAD, STORE
 
+from conftest import SEEDS
 from kvortex import BlockGroups
 from kvortex.vllm.metadata import Store
 from kvortex.vllm.worker import Drafter
 
-# Taken out of the environment, where the connector takes it for a knob that it does not know.
-SEEDS = int(os.environ.pop("KVORTEX_VLLM_SEEDS", "20"))
 LOSSES = {"load_failures": 0.2, "store_failures": 0.1}
 MODES = {"sync": {"load_mode": "sync"}, "async": {"load_mode": "async", **LOSSES}, "auto": {"load_mode": "auto"}}
 

@@ -1,7 +1,6 @@
 """``kv_transfer_params``: every value that a client can send, and what the good ones do."""
 
 import logging
-import os
 
 import harness
 import pytest
@@ -10,10 +9,8 @@ from harness import Options, make_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import PARAMS_CASES
 from kvortex.vllm import params
-
-# Taken out of the environment, where the connector takes it for a knob that it does not know.
-CASES = int(os.environ.pop("KVORTEX_PARAMS_CASES", "2000"))
 
 OURS = ("kvortex_store", "kvortex_load", "kvortex_priority", "kvortex_ttl_s", "kvortex_report", "kvortex_loaded_tokens")
 TOKENS = list(range(100, 180))
@@ -107,7 +104,7 @@ def test_no_value_disturbs_the_scheduler(direct):
     counted = {"value": 0, "key": 0}
     number = 0
 
-    @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=PARAMS_CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(asked, st.integers(0, 9))
     def serve(given, document):
         nonlocal number

@@ -226,8 +226,8 @@ def layout(kind=FullAttentionSpec, groups=(("a", "b"),), **more):
     return CacheLayout({"a": spec, "b": spec}, {"a": page, "b": page}, 100, spec.block_size, 2 * page, False, groups)
 
 
-def namespace(config, described=None, version="0.32.0"):
-    return identify(config, described or layout(), version).namespace
+def namespace(config, described=None, version="0.32.0", name=""):
+    return identify(config, described or layout(), version, name).namespace
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,7 @@ def test_what_makes_kv_incompatible_changes_the_namespace(model, plain):
     groups = ((("a",), ("b",)), (("b",), ("a",)))
     found |= {str(one): namespace(config, layout(groups=one)) for one in groups}
     found["version"] = namespace(config, version="0.15.1")
+    found["name"] = namespace(config, name="the second weights")
     assert namespace(config) == plain
     assert plain not in found.values(), [field for field, one in found.items() if one == plain]
     assert len(set(found.values())) == len(found)

@@ -53,6 +53,18 @@ def test_the_total_of_several_engines_is_said(config, monkeypatch, caplog, engin
     assert [one.partition(" of host")[0] for one in dict.fromkeys(found)] == said
 
 
+def test_a_name_keeps_blocks_apart(config, monkeypatch):
+    plain, named = (connector(config, monkeypatch, extra) for extra in ({}, {"namespace": "the second weights"}))
+    assert plain._namespace != named._namespace
+
+
+def test_a_block_has_the_size_that_the_engine_gives_it(config, monkeypatch):
+    size = connector(config, monkeypatch, {})._layout.block_size_bytes
+    connector(config, monkeypatch, {"block_size_bytes": size})
+    with pytest.raises(ConfigError, match=f"block_size_bytes = 4096: blocks of this engine have {size} on each rank"):
+        connector(config, monkeypatch, {"block_size_bytes": 4096})
+
+
 def test_modes():
     assert settings.read({}, None)[1].name == "auto"
     # Of a vLLM that reserves no room for what is loaded beside the steps.

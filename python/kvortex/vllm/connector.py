@@ -82,7 +82,8 @@ class KVortexConnector(KVConnectorBase_V1):
         if self._frees_aborted or (not self._layout.is_whole and not layouts.FAILS_BY_REQUEST):
             spare = self._layout.spare_blocks(vllm_config.model_config.max_model_len)
         config, mode = settings.read(transfer.kv_connector_extra_config, spare)
-        identity = identify(vllm_config, self._layout, vllm.__version__)
+        settings.check_block_size(config, self._layout.block_size_bytes)
+        identity = identify(vllm_config, self._layout, vllm.__version__, config.namespace)
         self._namespace = identity.namespace
         self._engine_id = str(transfer.engine_id)
         self._rows: Literal["private", "open", "one"] = "open" if config.disk_paths else "private"

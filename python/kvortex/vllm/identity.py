@@ -165,8 +165,8 @@ class EngineIdentity(NamedTuple):
     """Whether equal namespaces mean equal KV in other processes too: else blocks are kept in host memory only."""
 
 
-def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
-    """Everything that makes KV incompatible, and that the engine's block hashes leave out."""
+def identify(vllm_config: Any, layout: Any, version: str, name: str = "") -> EngineIdentity:
+    """What makes KV incompatible and is not in the engine's block hashes, and the operator's ``name`` for all that."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     drafter = getattr(vllm_config.speculative_config, "draft_model_config", None)
     files = [_files(one, vllm_config.load_config) for one in (model, drafter) if one is not None]
@@ -175,6 +175,7 @@ def identify(vllm_config: Any, layout: Any, version: str) -> EngineIdentity:
     overrides, are_plain = _plain(getattr(model, "hf_overrides", None))
     namespace = Namespace(
         host="vllm",
+        name=name,
         version=version,
         files=[one.digest for one in files],
         overrides=overrides,

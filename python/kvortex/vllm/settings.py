@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvortex import ConfigError, KVortexConfig
 
-__all__ = ["LoadMode", "read"]
+__all__ = ["LoadMode", "check_block_size", "read"]
 
 MODES = ("auto", "sync", "async")
 
@@ -52,3 +52,12 @@ def read(extra: Mapping[str, object], held_blocks: int | None) -> tuple[KVortexC
         mode = "sync"
     config = KVortexConfig.of({**KVortexConfig.from_env().to_dict(), **knobs})
     return config, LoadMode(mode, held_blocks)
+
+
+def check_block_size(config: KVortexConfig, block_size_bytes: int) -> None:
+    """Raises ConfigError if a size is configured that the engine's blocks do not have."""
+    if config.block_size_bytes not in (None, block_size_bytes):
+        raise ConfigError(
+            f"block_size_bytes = {config.block_size_bytes}: blocks of this engine have {block_size_bytes} on each "
+            "rank; leave it out"
+        )

@@ -153,3 +153,5 @@ def test_numbers_and_answers_tell_what_came_from_the_disk(direct, tier, monkeypa
         assert told[key("kvortex_transferred_tokens", "disk", direction)] == count * harness.BLOCK
     assert told[key("kvortex_used_blocks", "disk")] == disk["blocks"]
     assert told[key("kvortex_capacity_bytes", "disk")] == disk["max_bytes"]
+    assert told[key("kvortex_promotions", "started")] == 1
+    assert told[key("kvortex_promotion_bytes_per_second")] == int(disk["promotion_bytes_per_second"]) > 0

@@ -138,13 +138,17 @@ class DiskSide:
         return tokens
 
     def counts(self) -> dict[str, Any] | None:
-        """What the disk has counted, at most once a second."""
+        """What the disk and its promotions have counted, at most once a second."""
         now = time.monotonic()
         if now < self._counted + COUNTED_EACH_S:
             return None
         self._counted = now
         disk: dict[str, Any] | None = self._planner.get_stats()["disk"]
-        return disk
+        if disk is None:
+            return None
+        promotions = self.promotions.stats()
+        counted = {f"{name}_promotions": promotions[name] for name in ("started", "late", "declined")}
+        return {**disk, **counted, "prefill_tokens_per_second": promotions["prefill_tokens_per_second"]}
 
     def step(self, output: Any) -> None:
         """The engine scheduled a step: what runs waits no more."""

@@ -78,6 +78,35 @@ METRICS = {
         ),
         Metric("kvortex_hit_tokens", Counter, ("tier",), TIERS, "Those of them that were there, by where from."),
         Metric(
+            "kvortex_promotions",
+            Counter,
+            ("outcome",),
+            (("started",), ("late",), ("declined",)),
+            "Requests with blocks on the disk only: those brought up, those of them that came too late, and those not "
+            "brought up since computing is faster.",
+        ),
+        Metric(
+            "kvortex_promotion_bytes_per_second",
+            Gauge,
+            (),
+            ((),),
+            "How fast blocks came up from the disk lately; 0 if unknown.",
+        ),
+        Metric(
+            "kvortex_prefill_tokens_per_second",
+            Gauge,
+            (),
+            ((),),
+            "How fast the engine computes prompts, with which the disk is compared; 0 if unknown.",
+        ),
+        Metric(
+            "kvortex_disk_faults",
+            Counter,
+            ("kind",),
+            (("error",), ("corrupt",), ("late",)),
+            "Calls of the disk that failed, blocks that were not what was stored, reads after their deadline.",
+        ),
+        Metric(
             "kvortex_ignored_params",
             Counter,
             ("reason",),
@@ -147,6 +176,12 @@ FROM_DISK = {
     "dropped": key("kvortex_refused_blocks", DISK),
     "unoffered_blocks": key("kvortex_refused_blocks", DISK),
     "evictions": key("kvortex_evicted_blocks", DISK),
+    "errors": key("kvortex_disk_faults", "error"),
+    "corrupt": key("kvortex_disk_faults", "corrupt"),
+    "late": key("kvortex_disk_faults", "late"),
+    "started_promotions": key("kvortex_promotions", "started"),
+    "late_promotions": key("kvortex_promotions", "late"),
+    "declined_promotions": key("kvortex_promotions", "declined"),
 }
 
 TOKENS_OF_DISK = {
@@ -159,6 +194,8 @@ DISK_NOW = {
     "blocks": key("kvortex_used_blocks", DISK),
     "max_bytes": key("kvortex_capacity_bytes", DISK),
     "bytes": key("kvortex_used_bytes", DISK),
+    "promotion_bytes_per_second": key("kvortex_promotion_bytes_per_second"),
+    "prefill_tokens_per_second": key("kvortex_prefill_tokens_per_second"),
 }
 
 
@@ -219,7 +256,7 @@ class Ledger:
                     new.add(TOKENS_OF_DISK[name], more * self._block_tokens)
         for name, series in DISK_NOW.items():
             if counts[name] != self._seen_disk.get(name):
-                new.data[series] = counts[name]
+                new.data[series] = int(counts[name] or 0)
         self._seen_disk = counts
 
     def _take_in(self, counts: dict[str, int]) -> None:

@@ -128,6 +128,12 @@ DEFECTS = [
         "",
     ),
     Defect(
+        "parts of unequal length share their rows",
+        "crates/kvortex-mem/src/copy/gpu/program.rs",
+        "RowKey { distances: distances.key(), steps, staged, transfer }",
+        "RowKey { distances: distances.key(), steps, staged: None, transfer }",
+    ),
+    Defect(
         "a failed copy counts as loaded",
         "crates/kvortex-mem/src/copy/gpu/control.rs",
         "(None, Some(failure)) => Err(MemError::CopyFailed(failure.to_string())),",

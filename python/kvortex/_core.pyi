@@ -571,7 +571,8 @@ def gpu_link(ordinal: int = 0, fresh: bool = False) -> dict[str, dict[str, Any]]
 
     link_bytes_per_s (one long copy), kernel_bytes_per_s (the copy kernel), copy_us and staged_us (what a copy and a
     staged transfer cost beyond their bytes), methods (the way chosen for 1,000 blocks of 2 MiB, by the bytes of a
-    fragment). ``fresh`` measures anew. Raises CudaUnavailableError without such a GPU.
+    fragment, for a load where it is awaited as a whole). ``fresh`` measures anew. Raises CudaUnavailableError without
+    such a GPU.
     """
 
 def hash_tokens(namespace: Namespace | bytes, tokens: _Numbers, block_tokens: int = 16, extra: bytes = b"") -> bytes:

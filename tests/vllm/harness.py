@@ -168,8 +168,8 @@ class Run:
         self.rng = random.Random(str(options))
         self.shape = SHAPES[options.shape]
         self.blocks, self.slots = self.rng.choice(self.shape.pools), self.rng.choice((30, 60, 120))
-        self.part_bytes = self.rng.choice((1, 4 * LAYER_BYTES))
-        """With the second, loads of few blocks have several layers in a part."""
+        self.part_bytes = self.rng.choice(((1, 1), (4 * LAYER_BYTES, 4 * LAYER_BYTES), (1, 12 * LAYER_BYTES)))
+        """The least and the most of a part: each layer in one of its own, several together, or more and then fewer."""
         self.device = Device(self.rng)
         self.lag, self.unread = self.order.ahead, []
         self.requests: dict[str, Tracked] = {}
@@ -293,8 +293,8 @@ class Run:
                 if hasattr(module, "time"):
                     stack.enter_context(mock.patch.object(module, "time", clock))
             stack.enter_context(mock.patch.object(workers, "Parts", partial(Parts, self.mover)))
-            for name in ("LEAST_PART_BYTES", "MOST_PART_BYTES"):
-                stack.enter_context(mock.patch.object(layers, name, self.part_bytes))
+            for name, size in zip(("LEAST_PART_BYTES", "MOST_PART_BYTES"), self.part_bytes, strict=True):
+                stack.enter_context(mock.patch.object(layers, name, size))
             yield
 
     def _go(self):

@@ -1,10 +1,13 @@
 """Which hooks of layers a load may count on."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvortex.vllm.layers import LayerHooks
+from kvortex.vllm.layers import LEAST_PART_BYTES, MOST_PART_BYTES, LayerHooks
 
 NAMES = ["a", "b", "c", "drafter"]
 
@@ -50,6 +53,20 @@ def test_small_loads_have_few_parts_and_the_first_and_the_last_are_the_smallest(
     ]
     assert hooks.parts(128) == [1, 2, 4, 8, 12, 16, 20, 24, 28, 30, 31, 32]
     assert hooks.parts(512) == hooks.parts(2000) == list(range(1, 33))
+
+
+@given(st.lists(st.integers(1 << 10, 3 << 20), min_size=1, max_size=60), st.integers(1, 3000))
+def test_parts_are_neither_small_nor_much_larger_than_they_must_be(layer_bytes, blocks):
+    hooks = LayerHooks({str(index): index for index in range(len(layer_bytes))}, layer_bytes)
+    parts = hooks.parts(blocks)
+    assert parts == sorted(set(parts))
+    assert parts[-1] == len(layer_bytes)
+    sizes = [blocks * (end - start) for start, end in pairwise([0, *hooks.ends(parts)])]
+    largest = blocks * max(layer_bytes)
+    if len(sizes) > 1:
+        assert min(sizes) >= LEAST_PART_BYTES
+    assert all(size < MOST_PART_BYTES + largest for size in sizes[:-1])
+    assert sizes[-1] < 2 * (LEAST_PART_BYTES + largest)
 
 
 def test_each_layer_waits_for_its_own_part_once():

@@ -1,6 +1,7 @@
 //! Which GPUs there are, and what their links do.
 
 use kvortex::{DeviceChoice, link_profile};
+use kvortex_mem::copy::Direction;
 use kvortex_mem::copy::gpu::{Profile, Rates, Shape};
 use kvortex_mem::cuda::Cuda;
 use kvortex_mem::device::DeviceInfo;
@@ -54,7 +55,8 @@ fn described<'py>(py: Python<'py>, info: &DeviceInfo, free: usize) -> PyResult<B
 
 /// What the link of GPU `ordinal` does, as copies are chosen by it: for "store" and "load" the speeds of one long copy and of
 /// the copy kernel in bytes per second, the microseconds that each copy and each staged transfer costs beyond its bytes, and
-/// under "methods" the way that is chosen for 1,000 blocks of 2 MiB, by the bytes of a fragment. `fresh` measures anew.
+/// under "methods" the way that is chosen for 1,000 blocks of 2 MiB, by the bytes of a fragment, for a load where it is awaited as
+/// a whole. `fresh` measures anew.
 #[pyfunction]
 #[pyo3(signature = (ordinal=0, fresh=false))]
 pub(crate) fn gpu_link(py: Python<'_>, ordinal: u32, fresh: bool) -> PyResult<Bound<'_, PyDict>> {
@@ -64,13 +66,13 @@ pub(crate) fn gpu_link(py: Python<'_>, ordinal: u32, fresh: bool) -> PyResult<Bo
             Ok((link_profile(&device, fresh), device.info().maps_host))
         })?;
         let dict = PyDict::new(py);
-        dict.set_item("store", rated(py, &store, maps_host, true)?)?;
-        dict.set_item("load", rated(py, &load, maps_host, false)?)?;
+        dict.set_item("store", rated(py, &store, maps_host, Direction::Store)?)?;
+        dict.set_item("load", rated(py, &load, maps_host, Direction::Load)?)?;
         Ok(dict)
     })
 }
 
-fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool, is_store: bool) -> PyResult<Bound<'py, PyDict>> {
+fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool, direction: Direction) -> PyResult<Bound<'py, PyDict>> {
     const BLOCKS: usize = 1000;
     const BLOCK: usize = 2 << 20;
     let methods = PyDict::new(py);
@@ -80,7 +82,7 @@ fn rated<'py>(py: Python<'py>, rates: &Rates, maps_host: bool, is_store: bool) -
             fragments: BLOCKS * (BLOCK / fragment),
             slots: BLOCKS,
             rows: BLOCKS,
-            beside: is_store,
+            beside: direction == Direction::Store,
         };
         methods.set_item(fragment, rates.choose(&shape, maps_host).name())?;
     }

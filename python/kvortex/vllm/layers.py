@@ -19,8 +19,8 @@ LEAST_PART_BYTES = 4 << 20
 is computed, and what the last one brings is computed when nothing is loaded any more."""
 
 MOST_PART_BYTES = 32 << 20
-"""What parts grow to, each twice the one before, and shrink from, each half of what is left: each costs some calls of
-the driver, which a small load would feel."""
+"""What a part has before it ends grows to this, twice that of the one before, and shrinks from it to half of what is
+left: each part costs some calls of the driver, which a small load would feel."""
 
 
 class LayerHooks:

@@ -66,12 +66,12 @@ pub struct Shape {
     pub slots: usize,
     /// Rows of all of these copies.
     pub rows: usize,
-    /// Whether what the device computes meanwhile must not wait: not beside a load that is awaited as a whole.
+    /// Whether something may be computed meanwhile: beside any store, and beside loads in the background or in parts.
     pub beside: bool,
 }
 
 impl Rates {
-    /// The method with the least expected time. Unless kernels reach host memory, only the copy engine reaches the slots.
+    /// The method with the least expected time; beside computation the kernel only if it takes half of that. Unless kernels reach host memory, only the copy engine reaches the slots.
     pub fn choose(&self, shape: &Shape, maps_host: bool) -> Method {
         self.best(shape, if maps_host { &Method::ALL } else { &[Method::Dma, Method::Staged] })
     }
@@ -82,7 +82,8 @@ impl Rates {
     }
 
     fn best(&self, shape: &Shape, allowed: &[Method]) -> Method {
-        let cost = |&method: &Method| self.cost(method, shape);
+        let weight = |method| if method == Method::Kernel && shape.beside { HELD } else { 1.0 };
+        let cost = |&method: &Method| weight(method) * self.cost(method, shape);
         allowed.iter().copied().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(Method::Dma)
     }
 
@@ -91,7 +92,7 @@ impl Rates {
         let bytes = shape.bytes as f64;
         match method {
             Method::Dma => self.engine_time(bytes, shape.fragments, shape.fragments),
-            Method::Kernel => KERNEL_US + bytes / self.kernel * if shape.beside { HELD } else { 1.0 },
+            Method::Kernel => KERNEL_US + bytes / self.kernel,
             Method::Staged => self.staged_us + self.engine_time(bytes, shape.slots, shape.rows),
         }
     }
@@ -105,7 +106,7 @@ impl Rates {
 const ROW_US: f64 = 0.34;
 
 /// What the kernel's time weighs beside computation. It holds some multiprocessors for as long as the link takes, and a step that
-/// needs them waits: one of decoding took 38 ms instead of 6.4 beside a store of 2 GiB. One H200, 2026-11.
+/// needs them waits: one of decoding took 38 ms instead of 7 beside a store of 2 GiB. Measured for stores, on one H200, 2026-11.
 const HELD: f64 = 2.0;
 
 /// What a launch takes beyond its bytes.

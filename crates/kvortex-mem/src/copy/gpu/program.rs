@@ -204,15 +204,15 @@ impl Program {
 
     fn add_staged(&mut self, task: &Task<'_>, whole: &Cut, halves: &mut Halves) {
         let (page, slot) = (task.page_role(), task.slot_role());
-        // The items of the bytes that are copied, for each buffer.
-        let mut written = (0..0, [None, None]);
+        // Which bytes are copied, and their groups for each buffer.
+        let (mut bytes, mut groups) = (0..0, [None, None]);
         for cut in cuts(whole, task.piece.map_or(halves.bytes, |piece| piece.min(halves.bytes))) {
-            if written.0 != cut.bytes {
-                written = (cut.bytes.clone(), [None, None]);
+            if bytes != cut.bytes {
+                (bytes, groups) = (cut.bytes.clone(), [None, None]);
             }
             let half = halves.next;
             halves.next ^= 1;
-            let groups = written.1[half].get_or_insert_with(|| {
+            let groups = groups[half].get_or_insert_with(|| {
                 let all = Cut { steps: whole.steps.clone(), bytes: cut.bytes.clone() };
                 // Where a page's byte 0 would lie.
                 self.write_groups(task, &all, halves.addrs[half].wrapping_sub(cut.bytes.start))

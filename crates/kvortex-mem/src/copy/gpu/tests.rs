@@ -408,6 +408,41 @@ fn the_link_is_measured() {
 }
 
 #[test]
+fn parts_of_unequal_length_bring_each_byte_to_its_place() {
+    // Two are equally long; each takes several buffers, the last of which is not full.
+    let ends = [4 << 10, 9 << 10, 13 << 10, PAGE];
+    for (seed, method) in (0..6).flat_map(|seed| methods().map(move |method| (seed, method))) {
+        let bench = Bench::new(seed, GpuOptions { staging_bytes: 30 << 10, ..options(method) });
+        (0..PAGES).for_each(|slot| {
+            let addr = bench.arena.addr(SlotId(slot as u32)).unwrap();
+            // SAFETY: a slot of the arena; no transfer is running.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(addr.as_ptr(), PAGE) };
+            bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = byte_of(slot, at));
+        });
+        let parts = Arc::new(Parts::new(ends.to_vec()).unwrap());
+        let pages = bench.pages().in_stream(bench.stream.raw()).in_parts(parts);
+        bench.engine.run(bench.transfer(Direction::Load, pages)).unwrap();
+        let found = bench.world.bytes(&bench.region);
+        let pages = bench.pages();
+        for page in 0..PAGES {
+            let mut at = 0;
+            pages.for_each_run(page, |addr, len| {
+                let start = addr as usize - bench.region.addr();
+                let is_right = (0..len).all(|byte| found[start + byte] == byte_of(PAGES - 1 - page, at + byte));
+                assert!(is_right, "{method:?}, seed {seed}: page {page} has other bytes at {at}");
+                at += len;
+            });
+        }
+        bench.check();
+    }
+}
+
+/// What lies at `at` of a slot: others elsewhere in it, and in the other slots.
+fn byte_of(slot: usize, at: usize) -> u8 {
+    (slot * 131 + at / 256 * 29 + at * 7) as u8
+}
+
+#[test]
 fn parts_of_a_load_that_are_equally_long_share_their_rows() {
     let bench = Bench::new(3, options(None));
     let transfer = bench.transfer(Direction::Load, bench.pages());

@@ -313,12 +313,16 @@ def batch_row(engine, link, count=24, length=6000, new=8):
     wanted, _, _ = engine.ask(prompts, new)
     kept = (length - 2) // 16 * 16
     digests = engine.digests(kept)
-    warm = min(engine.ask(prompts, new)[1] for _ in range(3))
+    warms = []
+    for _ in range(5):
+        engine.pause()
+        warms.append(engine.ask(prompts, new)[1])
+    warm = statistics.median(warms)
     row = {"tokens": f"{count} x {length}", "cold_ms": cold * 1e3, "warm_ms": warm * 1e3}
     if engine.name == "none":
         return row
     hits, same = [], True
-    for _ in range(3):
+    for _ in range(5):
         engine.drop()
         found, seconds, cached = engine.ask(prompts, new)
         hits.append(seconds)
@@ -504,8 +508,10 @@ def main():
     parser.add_argument("--pool-gib", type=int, default=40)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--only", choices=["first", "throughput"], help="one of the measurements of misses")
-    parser.add_argument("--pairs", type=int, help="of each measurement of misses; otherwise 20 and 40")
+    parser.add_argument("--pairs", type=int, help="of each measurement of misses, at least 2; otherwise 20 and 40")
     arguments = parser.parse_args()
+    if arguments.pairs is not None and arguments.pairs < 2:
+        parser.error(f"--pairs {arguments.pairs}: give 2 or more")
     if arguments.what == "hits" and len(arguments.connectors) > 1:
         same = ["--pool-gib", str(arguments.pool_gib), "--lengths", *map(str, arguments.lengths)]
         for name in arguments.connectors:

@@ -39,8 +39,17 @@ def test_the_readme_names_every_developer_command_that_exists():
 )
 def test_every_link_to_a_file_leads_somewhere(document):
     [path] = [p for p in (ROOT / document, *(ROOT / "docs").rglob(document)) if p.exists()][:1]
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
-    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
+    places = [link.partition("#") for link in links if "://" not in link]
+    found = [((path.parent / file if file else path), anchor) for file, _, anchor in places]
+    assert not [file for file, _ in found if not file.exists()]
+    assert not [(file, anchor) for file, anchor in found if anchor and anchor not in anchors(file)]
+
+
+def anchors(path):
+    """What the headings of a document are called in links."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_message_the_guide_explains_is_one_that_is_said():

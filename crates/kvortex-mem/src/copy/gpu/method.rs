@@ -71,7 +71,8 @@ pub struct Shape {
 }
 
 impl Rates {
-    /// The method with the least expected time; beside computation the kernel only if it takes half of that. Unless kernels reach host memory, only the copy engine reaches the slots.
+    /// The method with the least expected time; beside computation the kernel only if it takes half of that. Unless kernels
+    /// reach host memory, only the copy engine reaches the slots.
     pub fn choose(&self, shape: &Shape, maps_host: bool) -> Method {
         self.best(shape, if maps_host { &Method::ALL } else { &[Method::Dma, Method::Staged] })
     }
